@@ -1,0 +1,222 @@
+"""The one adapted layer, and the adapters it carries."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite import shapes
+from lora_lite.base import Base, at_least_float32, base_kind
+from lora_lite.variant import Variant
+
+
+class Attachment(nn.Module):
+    """What one attach put on a model, beside the layers' own adapters: a child of the model.
+
+    tensors: those shared by all sites. step, total: optimizer steps taken and planned.
+    was_trainable: names of the parameters that this attach froze.
+    """
+
+    def __init__(self, name: str, seed: int, sites: tuple[str, ...]) -> None:
+        super().__init__()
+        self.name, self.seed, self.sites = name, seed, sites
+        self.step, self.total = 0, None
+        self.was_trainable: tuple[str, ...] = ()
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, {len(self.sites)} sites, seed={self.seed}"
+
+
+class Adapter(nn.Module):
+    """One method at one layer: its tensors, and whether and how strongly it acts."""
+
+    def __init__(self, variant: Variant, attachment: Attachment, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.variant = variant
+        self.enabled, self.strength = True, 1.0
+        self.fingerprint: str | None = None
+        # In a tuple, so that the shared module stays a child of the model alone.
+        self._attachment = (attachment,)
+        for key, tensor in tensors.items():
+            if not variant.specs[key].shared:
+                register(self, variant, key, tensor)
+
+    @property
+    def attachment(self) -> Attachment:
+        return self._attachment[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the method at this layer, shared ones included, by their names."""
+        return {
+            key: getattr(self.attachment if self.variant.specs[key].shared else self, key)
+            for key in self.variant.tensor_names()
+        }
+
+    def forward(self, x: Tensor, W: Base, *args: Any, **kwargs: Any) -> Any:
+        variant, tensors = self.variant, self.tensors()
+        dtype = compute_dtype(x)
+        x = x.to(dtype)
+        if type(variant).prepare is not Variant.prepare:
+            wide = {key: at_least_float32(t) for key, t in tensors.items()}
+            with torch.autocast(x.device.type, enabled=False):
+                tensors_in = variant.prepare(W, **wide)
+        else:
+            tensors_in = tensors
+        tensors_in = {
+            key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors_in.items()
+        }
+        if self.strength != 1:
+            below, z = W.below, W(x)
+            W.below = lambda h, *rest: z if h is x else below(h, *rest)
+        y = variant.forward(x, W, *args, **tensors_in, **kwargs)
+        if self.strength != 1:
+            y = z + self.strength * (y - z)
+        if shapes.CHECKED and not torch.compiler.is_compiling():
+            shapes.check(variant, W, tensors, x, y)
+        return y
+
+    def extra_repr(self) -> str:
+        state = "" if self.enabled and self.strength == 1 else f", strength={self.strength}"
+        return f"{self.variant}" + (state if self.enabled else ", off")
+
+
+class Adapted:
+    """Mixed in front of a layer's own class: the layer stays itself and runs its adapters.
+
+    Those of its adapters that are on compose in the order attached, each seeing the one before as
+    its frozen layer.
+    """
+
+    adapters: nn.ModuleDict
+    base_kind: type[Base]
+    base_class: type[nn.Module]
+    # A forward set on the instance (accelerate does so) would hide the class's.
+    instance_forward: Any = None
+    merged: bool = False
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer without its adapters."""
+        if self.instance_forward is not None:
+            return self.instance_forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # layer(input=x)
+            args = (kwargs.pop(next(iter(kwargs))),)
+        run = self.frozen
+        if not self.merged:
+            for adapter in self.adapters.values():
+                if adapter.enabled:
+                    run = functools.partial(_apply, adapter, self.base_kind(self, run))
+        return run(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        # The class is made at run time, so copies and pickles name what it is made of.
+        return _rebuild, (self.base_class, self.base_kind), self.__dict__
+
+
+def _apply(adapter: Adapter, W: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return adapter.forward(x, W, *args, **kwargs)
+
+
+@functools.cache
+def adapted_class(base_class: type[nn.Module], kind: type[Base]) -> type[nn.Module]:
+    """The class of a `base_class` layer that carries adapters."""
+    namespace = {
+        "base_class": base_class,
+        "base_kind": kind,
+        "__module__": base_class.__module__,
+        "__qualname__": base_class.__qualname__,
+    }
+    return type(base_class.__name__, (Adapted, base_class), namespace)
+
+
+def _rebuild(base_class: type[nn.Module], kind: type[Base]) -> nn.Module:
+    cls = adapted_class(base_class, kind)
+    return cls.__new__(cls)
+
+
+def put(layer: nn.Module, name: str, adapter: Adapter) -> None:
+    """Add an adapter to a layer, adapting the layer first if it carries none."""
+    if not isinstance(layer, Adapted):
+        kind = base_kind(layer, adapter.variant.site)
+        instance_forward = layer.__dict__.pop("forward", None)
+        layer.__class__ = adapted_class(type(layer), kind)
+        layer.adapters = nn.ModuleDict()
+        if instance_forward is not None:
+            layer.instance_forward = instance_forward
+    layer.adapters[name] = adapter
+
+
+def remove(layer: nn.Module, name: str) -> None:
+    """Take an adapter off a layer; with the last one the layer is what it was."""
+    del layer.adapters[name]
+    if not layer.adapters:
+        del layer.adapters
+        instance_forward = layer.__dict__.pop("instance_forward", None)
+        layer.__dict__.pop("merged", None)
+        layer.__class__ = layer.base_class
+        if instance_forward is not None:
+            layer.forward = instance_forward
+
+
+def register(module: nn.Module, variant: Variant, key: str, tensor: Tensor) -> None:
+    """Make a tensor the module's parameter or buffer, as its spec says."""
+    spec = variant.specs[key]
+    if spec.trainable:
+        trained = learning_rate_factor(variant, key) != 0
+        module.register_parameter(key, nn.Parameter(tensor, requires_grad=trained))
+    else:
+        module.register_buffer(key, tensor)
+
+
+def learning_rate_factor(variant: Variant, key: str) -> float:
+    """The multiplier that a tensor's spec puts on the learning rate."""
+    lr = variant.specs[key].lr
+    return lr(variant) if callable(lr) else lr
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer computes on x: x's own, or autocast's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every layer that carries adapters, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield clean(name), module
+
+
+def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, Adapter]]:
+    """(layer name, layer, adapter) of one adapter by name, or of all.
+
+    Raises: ValueError where the model has none, or none of that name.
+    """
+    found = [
+        (path, layer, adapter)
+        for path, layer in adapted_layers(model)
+        for key, adapter in layer.adapters.items()
+        if name in (None, key)
+    ]
+    if not found:
+        have = sorted({key for _, layer in adapted_layers(model) for key in layer.adapters})
+        raise ValueError(
+            f"the model has no adapter {name!r}; it has {', '.join(map(repr, have))}"
+            if have
+            else "the model has no adapters; attach one first"
+        )
+    return found
+
+
+WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def clean(name: str) -> str:
+    """A module's name without the parts that compile, DDP, checkpointing and FSDP wrap it in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -1,0 +1,409 @@
+"""Putting a method on a model, and taking it off."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapted import (
+    Adapted,
+    Adapter,
+    Attachment,
+    adapted_layers,
+    adapters,
+    clean,
+    learning_rate_factor,
+    put,
+    register,
+    remove,
+)
+from lora_lite.base import Base, base_kind
+from lora_lite.calibration import Batches, calibrate
+from lora_lite.targets import Targets, find_sites, overridden
+from lora_lite.variant import Stats, Variant, configure
+
+ATTACHMENTS = "lora_lite"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer that a method goes to, and what the method costs there."""
+
+    name: str
+    layer: nn.Module = field(repr=False)
+    variant: Variant
+    d_in: int
+    d_out: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def count(self, **spec: bool) -> int:
+        """Numbers in the tensors whose specs have these values (`trainable=True`)."""
+        return sum(
+            torch.Size(shape).numel()
+            for key, shape in self.shapes.items()
+            if all(getattr(self.variant.specs[key], k) == v for k, v in spec.items())
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an attach does: its sites, shapes, parameters and bytes. Print it."""
+
+    name: str
+    variant: Variant
+    sites: tuple[Site, ...]
+    dtype: torch.dtype
+    base_parameters: int
+
+    @property
+    def trainable(self) -> int:
+        """Trained parameters."""
+        own = sum(site.count(trainable=True, shared=False) for site in self.sites)
+        return own + self.sites[0].count(trainable=True, shared=True)
+
+    @property
+    def frozen(self) -> int:
+        """Numbers in the method's own frozen tensors."""
+        own = sum(site.count(trainable=False, shared=False) for site in self.sites)
+        return own + self.sites[0].count(trainable=False, shared=True)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all the method's tensors on the device."""
+        total, shared = 0, set()
+        for site in self.sites:
+            for key, shape in site.shapes.items():
+                if site.variant.specs[key].shared and key in shared:
+                    continue
+                shared.add(key)
+                total += torch.Size(shape).numel() * tensor_dtype(
+                    site.variant, key, self.dtype
+                ).itemsize
+        return total
+
+    def __str__(self) -> str:
+        alike = Counter(
+            (site.name.rsplit(".", 1)[-1], site.d_out, site.d_in, site.variant, _words(site.shapes))
+            for site in self.sites
+        )
+        rows = [("layers", "name", "d_out × d_in", "trained", "tensors")]
+        by_key = {
+            (s.name.rsplit(".", 1)[-1], s.d_out, s.d_in, s.variant, _words(s.shapes)): s
+            for s in self.sites
+        }
+        for key, count in alike.items():
+            leaf, d_out, d_in, variant, words = key
+            note = words if variant == self.variant else f"{words}; {_differs(variant, self.variant)}"
+            trained = f"{by_key[key].count(trainable=True):,}"
+            rows.append((f"{count}×", leaf or "(the model)", f"{d_out} × {d_in}", trained, note))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        table = [
+            "  ".join(
+                [
+                    row[0].rjust(widths[0]),
+                    row[1].ljust(widths[1]),
+                    row[2].rjust(widths[2]),
+                    row[3].rjust(widths[3]),
+                    row[4],
+                ]
+            )
+            for row in rows
+        ]
+        share = 100 * self.trainable / max(self.base_parameters, 1)
+        total = (
+            f"{len(self.sites)} layers, {self.trainable:,} trained parameters "
+            f"({share:.3g} % of {self.base_parameters:,}), {self.frozen:,} frozen, "
+            f"{_mib(self.bytes)} on the device"
+        )
+        return "\n".join([f"{self.name}: {self.variant}", *table, total])
+
+    __repr__ = __str__
+
+
+def plan(
+    model: nn.Module,
+    variant: str | type[Variant] | Variant,
+    targets: Targets = "all-linear",
+    *,
+    exclude: Targets | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+    calibration: Batches | None = None,
+    **hyperparameters: Any,
+) -> Plan:
+    """What `attach` would do with the same arguments; touches nothing, and needs no weights.
+
+    Raises: what `attach` raises for arguments that don't fit the model.
+    """
+    configured = configure(variant, **hyperparameters)
+    if not name or "." in name:
+        raise ValueError(f"name={name!r} must be a word without dots")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating-point type")
+    if calibration is not None and configured.statistic is None:
+        raise ValueError(f"{configured.name} takes no calibration; leave `calibration` out")
+    layers = find_sites(model, configured.site, targets, exclude)
+    changes = overridden(overrides or {}, layers)
+    sites = []
+    for path, layer in layers.items():
+        if isinstance(layer, Adapted) and name in layer.adapters:
+            raise ValueError(
+                f"{path} has an adapter {name!r} already; detach it or choose another `name`"
+            )
+        W = base_kind(layer, configured.site)(layer)
+        local = configure(configured, **changes[path])
+        with _blame(local, path):
+            local.check(W.d_in, W.d_out)
+            sites.append(
+                Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out))
+            )
+    if hasattr(model, ATTACHMENTS) and name in getattr(model, ATTACHMENTS):
+        raise ValueError(f"the model has an adapter {name!r} already; choose another `name`")
+    base = sum(p.numel() for p in base_parameters(model).values())
+    return Plan(name, configured, tuple(sites), dtype, base)
+
+
+def attach(
+    model: nn.Module,
+    variant: str | type[Variant] | Variant,
+    targets: Targets = "all-linear",
+    *,
+    exclude: Targets | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+    calibration: Batches | None = None,
+    **hyperparameters: Any,
+) -> Plan:
+    """Adapt a model's layers in place, and freeze everything else.
+
+    variant: a method's name, class or configured instance; hyperparameters change it.
+    targets, exclude: "all-linear" (every linear layer but output heads and weights shared with an
+        embedding), a list of name suffixes, a regular expression that matches whole names, or a
+        predicate (name, layer).
+    overrides: hyperparameters for some layers, {suffix or regular expression: {...}}.
+    name: adapters of several names live on one model and compose in the order attached.
+    dtype: of the adapter's tensors; they are cast to the activation's where used.
+    seed: of the random starts, each layer's drawn apart; None draws it from torch's generator.
+    calibration: batches (dict, tuple or tensor) that the model runs on before, for the methods
+        whose start depends on data.
+
+    Returns: the plan that was carried out. Raises: KeyError for an unknown variant, TypeError for
+    an unknown hyperparameter, ValueError for one that a layer can't have, for a pattern that
+    matches nothing and for a layer that can't be adapted; the model is then as it was.
+    """
+    chart = plan(
+        model,
+        variant,
+        targets,
+        exclude=exclude,
+        overrides=overrides,
+        name=name,
+        dtype=dtype,
+        calibration=calibration,
+        **hyperparameters,
+    )
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    bases = {site.name: base_kind(site.layer, site.variant.site)(site.layer) for site in chart.sites}
+    stats = {} if calibration is None else calibrate(model, chart.sites, bases, calibration)
+    attachment = Attachment(name, seed, tuple(site.name for site in chart.sites))
+    made = []
+    for site in chart.sites:
+        with _blame(site.variant, site.name):
+            tensors = fresh_tensors(site, bases[site.name], attachment, dtype, stats.get(site.name))
+            made.append(make_adapter(site, bases[site.name], attachment, tensors))
+    install(model, chart, attachment, made)
+    return chart
+
+
+def fresh_tensors(
+    site: Site, W: Base, attachment: Attachment, dtype: torch.dtype, stats: Stats | None = None
+) -> dict[str, Tensor]:
+    """A site's tensors at their start; those on the meta device when the layer is there.
+
+    Each site draws from a generator of its own, seeded by the attach's seed and the layer's name:
+    a layer starts alike whatever else is adapted.
+    """
+    variant = site.variant
+    if W.device.type == "meta":
+        return {
+            key: torch.empty(shape, dtype=tensor_dtype(variant, key, dtype), device="meta")
+            for key, shape in site.shapes.items()
+        }
+    generator = torch.Generator().manual_seed(attachment.seed ^ zlib.crc32(site.name.encode()))
+    tensors = {
+        key: variant.specs[key].init(shape, generator)
+        for key, shape in site.shapes.items()
+        if variant.specs[key].init is not None
+    }
+    with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+        tensors |= variant.init(W, generator, stats)
+    for key, shape in site.shapes.items():
+        if key not in tensors or tuple(tensors[key].shape) != shape:
+            got = tuple(tensors[key].shape) if key in tensors else "nothing"
+            raise TypeError(f"{variant.name}: the start of {key} has {got}, its shape is {shape}")
+    return {
+        key: tensors[key].to(W.device, tensor_dtype(variant, key, dtype), copy=True).contiguous()
+        for key in site.shapes
+    }
+
+
+def make_adapter(
+    site: Site, W: Base, attachment: Attachment, tensors: dict[str, Tensor]
+) -> Adapter:
+    """A site's adapter, away from the model; tensors shared by all sites go to the attachment."""
+    for key, tensor in tensors.items():
+        if site.variant.specs[key].shared and not hasattr(attachment, key):
+            register(attachment, site.variant, key, tensor)
+    adapter = Adapter(site.variant, attachment, tensors)
+    adapter.fingerprint = fingerprint(W)
+    return adapter.train(site.layer.training)
+
+
+def install(model: nn.Module, chart: Plan, attachment: Attachment, made: list[Adapter]) -> None:
+    """Freeze the base and put the adapters on their layers. Nothing here can be refused."""
+    base = base_parameters(model)
+    attachment.was_trainable = tuple(name for name, p in base.items() if p.requires_grad)
+    for parameter in base.values():
+        parameter.requires_grad_(False)
+    for site, adapter in zip(chart.sites, made):
+        put(site.layer, chart.name, adapter)
+    if not hasattr(model, ATTACHMENTS):
+        model.add_module(ATTACHMENTS, nn.ModuleDict())
+    getattr(model, ATTACHMENTS)[chart.name] = attachment.train(model.training)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off, or all of them; after the last the model is what it was, bit for bit.
+
+    Raises: ValueError where there is none.
+    """
+    for _, layer, adapter in adapters(model, name):
+        remove(layer, adapter.attachment.name)
+    for module in list(model.modules()):
+        held = module._modules.get(ATTACHMENTS)
+        if not isinstance(held, nn.ModuleDict):
+            continue
+        going = [key for key in held if name in (None, key)]
+        thawed = [key for attachment in going for key in held[attachment].was_trainable]
+        for key in going:
+            del held[key]
+        if held:
+            # What was trainable before the first adapter is so again after the last.
+            first = next(iter(held.values()))
+            first.was_trainable = (*first.was_trainable, *thawed)
+        else:
+            del module._modules[ATTACHMENTS]
+            parameters = base_parameters(module)
+            for key in thawed:
+                parameters[key].requires_grad_(True)
+
+
+def enable(model: nn.Module, name: str | None = None, on: bool = True) -> None:
+    """Switch one adapter, or all, on or off for good.
+
+    Raises: ValueError where there is none.
+    """
+    for _, _, adapter in adapters(model, name):
+        adapter.enabled = on
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """A context in which one adapter, or all, are off.
+
+    Raises: ValueError where there is none.
+    """
+    found = [(adapter, adapter.enabled) for _, _, adapter in adapters(model, name)]
+    for adapter, _ in found:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter, before in found:
+            adapter.enabled = before
+
+
+class strength:
+    """Set how strongly an adapter acts: y = W x + c (f(x) − W x).
+
+    c = 0 is the frozen layer, 1 the method as trained, negative values turn it round. In a `with`
+    statement the strength before comes back at its end. Raises: ValueError where there is no
+    adapter, or c isn't finite.
+    """
+
+    def __init__(self, model: nn.Module, c: float, name: str | None = None) -> None:
+        c = float(c)
+        if c - c != 0:
+            raise ValueError(f"strength c={c} must be finite")
+        self.before = [(adapter, adapter.strength) for _, _, adapter in adapters(model, name)]
+        for adapter, _ in self.before:
+            adapter.strength = c
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for adapter, c in self.before:
+            adapter.strength = c
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters that belong to no adapter, by name."""
+    own = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, Adapter | Attachment)
+        for p in module.parameters()
+    }
+    return {clean(name): p for name, p in model.named_parameters() if id(p) not in own}
+
+
+def tensor_dtype(variant: Variant, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a variant's tensor: the adapter's for floats, the annotation's for others."""
+    names = variant.annotations[key].dtypes
+    return dtype if "float32" in names else getattr(torch, names[0])
+
+
+def fingerprint(W: Base) -> str | None:
+    """A hash of a layer's shape and a few of its rows rounded to bfloat16, by which a checkpoint
+    knows its base in any dtype; None where the weights aren't at hand as floats."""
+    weight = W.layer.weight
+    if weight.is_meta or not weight.is_floating_point():
+        return None
+    rows = W.fingerprint_rows().detach().to("cpu", torch.bfloat16).contiguous()
+    digest = hashlib.sha256(f"{W.d_out}x{W.d_in}:".encode())
+    digest.update(rows.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _blame(variant: Variant, path: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{variant.name}: {path or 'the model'} {error}") from error
+
+
+def _words(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return " ".join(f"{key}{tuple(shape)}".replace(" ", "") for key, shape in shapes.items())
+
+
+def _differs(variant: Variant, usual: Variant) -> str:
+    return ", ".join(f"{k}={v}" for k, v in vars(variant).items() if vars(usual)[k] != v)
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.2f} MiB"

@@ -1,0 +1,1 @@
+"""Mathematics that several variants share, one operation a file."""

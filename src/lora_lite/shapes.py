@@ -1,0 +1,62 @@
+"""Shape checks at run time: jaxtyping and beartype on every function, and on a variant's tensors.
+
+`LORA_LITE_TYPECHECK=1` in the environment switches them on before lora_lite is imported. They are
+for eager runs: torch.compile can't trace the checker's own code, see `unchecked`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lora_lite.variant import Variant
+
+CHECKED = os.environ.get("LORA_LITE_TYPECHECK", "0") not in ("0", "")
+
+
+def install() -> None:
+    """Check every annotated function of lora_lite imported from here on."""
+    from jaxtyping import install_import_hook
+
+    install_import_hook("lora_lite", "beartype.beartype")
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """A context without the checks, for code that torch.compile traces."""
+    global CHECKED
+    from jaxtyping import config
+
+    before = CHECKED, config.jaxtyping_disable
+    CHECKED = False
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        CHECKED = before[0]
+        config.update("jaxtyping_disable", before[1])
+
+
+def check(variant: "Variant", W: Any, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    """Raise TypeError where a tensor of a variant, its input or its output has another shape or
+    kind than its annotation says on this layer."""
+    expected = variant.shapes(W.d_in, W.d_out)
+    for key, tensor in tensors.items():
+        kind = variant.annotations[key].dtype[tensor.__class__, " ".join(map(str, expected[key]))]
+        if not isinstance(tensor, kind):
+            raise TypeError(
+                f"{variant.name}: {key} is {tensor.dtype} {tuple(tensor.shape)}, and its "
+                f"annotation says {variant.annotations[key].__name__}, here {expected[key]}"
+            )
+    for what, tensor, shape in (
+        ("input", x, (*x.shape[:-1], W.d_in)),
+        ("output", y, (*x.shape[:-1], W.d_out)),
+    ):
+        if tensor.shape != shape or tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{variant.name}: the {what} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"and should be {x.dtype} {shape}"
+            )

@@ -1,0 +1,79 @@
+"""Parameter groups, optimizer steps and penalties."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapted import adapters, learning_rate_factor
+from lora_lite.attach import base_parameters
+
+
+def param_groups(
+    model: nn.Module, lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups of everything that trains: each method's own learning rates and decay.
+
+    lr: the base rate, which tensors' specs multiply; None takes the method's own absolute rates,
+    where it has them. Parameters outside adapters that require gradients (a head, say) come in a
+    group of their own at lr.
+
+    Raises: ValueError where there is no adapter, or no rate to be had.
+    """
+    groups: dict[tuple[float, bool], dict[int, Tensor]] = defaultdict(dict)
+    for _, _, adapter in adapters(model):
+        variant = adapter.variant
+        base = variant.base_lr if lr is None else lr
+        if base is None:
+            raise ValueError(f"{variant.name} has no learning rate of its own; pass lr")
+        for key, tensor in adapter.tensors().items():
+            if tensor.requires_grad:
+                rate = base * learning_rate_factor(variant, key)
+                groups[rate, variant.specs[key].decay][id(tensor)] = tensor
+    others = [p for p in base_parameters(model).values() if p.requires_grad]
+    if others and lr is None:
+        raise ValueError("parameters outside the adapters train too, and need a rate; pass lr")
+    out = [
+        {"params": list(ps.values()), "lr": rate, "weight_decay": weight_decay if decay else 0.0}
+        for (rate, decay), ps in groups.items()
+    ]
+    return out + ([{"params": others, "lr": lr, "weight_decay": weight_decay}] if others else [])
+
+
+def step(model: nn.Module, total: int | None = None) -> None:
+    """Advance every adapter's schedule by one optimizer step; call it after `optimizer.step()`.
+
+    total: the number of optimizer steps planned, for the schedules that depend on it.
+    Raises: ValueError where there is no adapter.
+    """
+    found = adapters(model)
+    for attachment in {id(a.attachment): a.attachment for _, _, a in found}.values():
+        attachment.step += 1
+        attachment.total = total if total is not None else attachment.total
+    with torch.no_grad():
+        for _, _, adapter in found:
+            attachment = adapter.attachment
+            adapter.variant.step(adapter.tensors(), attachment.step, attachment.total)
+
+
+def schedule(
+    model: nn.Module, optimizer: torch.optim.Optimizer, total: int | None = None
+) -> torch.utils.hooks.RemovableHandle:
+    """Call `step` after each of the optimizer's steps from now on; the handle's remove() ends it.
+
+    Raises: ValueError where there is no adapter.
+    """
+    adapters(model)
+    return optimizer.register_step_post_hook(lambda *_: step(model, total))
+
+
+def regulariser(model: nn.Module) -> Tensor:
+    """The sum of the methods' own penalties, to add to the loss; zero where they have none.
+
+    Raises: ValueError where there is no adapter.
+    """
+    found = adapters(model)
+    terms = [adapter.variant.regulariser(**adapter.tensors()) for _, _, adapter in found]
+    some = next(iter(found[0][2].tensors().values()))
+    return sum((t for t in terms if t is not None), torch.zeros((), device=some.device))

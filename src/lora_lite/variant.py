@@ -1,0 +1,277 @@
+"""What a method is: hyperparameters, tensors with shapes, and a forward."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import AbstractArray
+from torch import Tensor
+
+from lora_lite.base import Base
+
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+RESERVED = {"variant", "name", "targets", "dtype", "seed", "exclude", "overrides", "calibration"}
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.ones(shape)
+
+
+def normal(std: float, mean: float = 0.0) -> Init:
+    """N(mean, std²)."""
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std + mean
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """U(−1/√fan_in, 1/√fan_in), fan_in the last axis: nn.Linear's own initialisation."""
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of a method; its jaxtyping annotation says its shape and kind.
+
+    Words in the shape are d_in, d_out, hyperparameters and what `Variant.sizes` adds; arithmetic
+    on them is written without spaces (`"d_in//block_size block_size"`).
+
+    init: (shape, generator) → tensor, or None where `Variant.init` supplies the values.
+    trainable: False makes a buffer.
+    saved: False keeps a frozen tensor out of checkpoints: its seed or the base makes it again,
+        and a checksum guards it.
+    shared: one tensor for all sites of an attach.
+    lr: multiplier on the learning rate that `param_groups` is given, or a function of the variant.
+    decay: whether weight decay applies.
+    when: the variants that have this tensor at all.
+    """
+
+    init: Init | None = None
+    _: dataclasses.KW_ONLY
+    trainable: bool = True
+    saved: bool = True
+    shared: bool = False
+    lr: float | Callable[[Any], float] = 1.0
+    decay: bool = True
+    when: Callable[[Any], bool] = lambda variant: True
+
+
+class Stats(NamedTuple):
+    """What calibration saw at one layer: the mean over `count` tokens of `Variant.statistic`."""
+
+    mean: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method. Subclass it, and it is registered under its lower-case class name.
+
+    Annotated fields are hyperparameters, fields whose value is a `ParamSpec` are tensors, and
+    `forward(x, W, **tensors)` is the method: tensors arrive in the activation's dtype, `W` is the
+    frozen layer. Class keywords: `name=`, `aliases=`, and `abstract=True` for a shared parent.
+
+    Errors raised inside the hooks say what is wrong and what would fix it; the core puts the
+    method's and the layer's name in front.
+    """
+
+    name: ClassVar[str]
+    site: ClassVar[str] = "linear"
+    specs: ClassVar[Mapping[str, ParamSpec]] = {}
+    annotations: ClassVar[Mapping[str, type[AbstractArray]]] = {}
+
+    statistic: ClassVar[Callable[..., Tensor] | None] = None
+    """`statistic(x, W)` sums something over calibration tokens x (n, d_in); the core divides by
+    their number and hands the mean to `init`. A method without it takes no calibration."""
+
+    def __init_subclass__(
+        cls, name: str | None = None, aliases: tuple[str, ...] = (), abstract: bool = False
+    ) -> None:
+        hints = inspect.get_annotations(cls, eval_str=True)
+        own = {k: v for k, v in vars(cls).items() if isinstance(v, ParamSpec)}
+        cls.specs = {**cls.specs, **own}
+        cls.annotations = {**cls.annotations, **{k: hints.pop(k) for k in own}}
+        if taken := sorted((RESERVED & set(hints)) | ({"W", "x"} & set(own))):
+            raise TypeError(f"{cls.__name__}: {', '.join(taken)} is a name of the core's own")
+        cls.__annotations__ = hints
+        for k in own:
+            delattr(cls, k)
+        dataclass(frozen=True, kw_only=True)(cls)
+        if not abstract:
+            cls.name = name or cls.__name__.lower()
+            for key in (cls.name, *aliases):
+                _register(key, cls)
+
+    def __post_init__(self) -> None:
+        shapes = " ".join(self.annotations[k].dim_str for k in self.tensor_names())
+        dimensions = set(re.findall(r"[A-Za-z_]\w*", shapes))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if problem := _mistyped(value, _hints(type(self))[field.name]):
+                raise ValueError(f"{self.name}: {field.name}={value!r} {problem}")
+            if field.name in dimensions and value is not None and value < 1:
+                raise ValueError(f"{self.name}: {field.name}={value} must be ≥ 1")
+        try:
+            self.validate()
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def tensor_names(self) -> list[str]:
+        """The tensors that this configuration has, in the order declared."""
+        return [k for k, spec in self.specs.items() if spec.when(self)]
+
+    def shapes(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Each tensor's shape on a layer of these sizes."""
+        words = {"d_in": d_in, "d_out": d_out}
+        words |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        words |= self.sizes(d_in, d_out)
+        return {
+            k: tuple(
+                int(eval(word, {"__builtins__": {}}, words))  # a class author's annotation
+                for word in self.annotations[k].dim_str.split()
+            )
+            for k in self.tensor_names()
+        }
+
+    # What a method may say, beside its forward.
+
+    def validate(self) -> None:
+        """Raise ValueError for hyperparameters that no layer could have."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise ValueError for hyperparameters that a layer of these sizes cannot have."""
+
+    def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
+        """Further words for the shapes."""
+        return {}
+
+    def init(
+        self, W: Base, generator: torch.Generator, stats: Stats | None
+    ) -> dict[str, Tensor]:
+        """Values that depend on the layer, in place of their specs' `init`; `stats` is None
+        without calibration."""
+        return {}
+
+    def starts_as_identity(self) -> bool:
+        """Whether a fresh adapter leaves the layer's function as it is."""
+        return True
+
+    def prepare(self, W: Base, **tensors: Tensor) -> dict[str, Any]:
+        """What is computed once per step, in float32 or wider, from the tensors: it returns what
+        `forward` takes in their place."""
+        return tensors
+
+    def forward(self, x: Tensor, W: Base, **tensors: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    @property
+    def base_lr(self) -> float | None:
+        """The learning rate to use where `param_groups` is given none."""
+        return None
+
+    def nonlinear(self) -> str | None:
+        """Why the method is not linear in x, and so can't be merged; None where it is."""
+        return None
+
+    def step(self, tensors: dict[str, Tensor], step: int, total: int | None) -> None:
+        """Change tensors in place after optimizer step number `step` (counted from 1)."""
+
+    def regulariser(self, **tensors: Tensor) -> Tensor | None:
+        """A penalty that the method adds to the loss."""
+        return None
+
+_registry: dict[str, type[Variant]] = {}
+
+
+def variants() -> tuple[str, ...]:
+    """The names of all registered methods, aliases left out."""
+    return tuple(sorted({cls.name for cls in _registry.values()}))
+
+
+def variant_class(name: str) -> type[Variant]:
+    """The method of that name. Raises: KeyError with the nearest names."""
+    if name not in _registry:
+        raise KeyError(f"no variant {name!r}; {nearest(name, _registry)}")
+    return _registry[name]
+
+
+def configure(variant: str | type[Variant] | Variant, **hyperparameters: Any) -> Variant:
+    """A configured method from its name, class or instance.
+
+    Raises: KeyError for an unknown name, TypeError for an unknown hyperparameter, ValueError for
+    a value that it cannot have.
+    """
+    if isinstance(variant, str):
+        variant = variant_class(variant)
+    cls = variant if isinstance(variant, type) else type(variant)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in hyperparameters:
+        if key not in known:
+            raise TypeError(f"{cls.name} has no hyperparameter {key!r}; {nearest(key, known)}")
+    if isinstance(variant, type):
+        return variant(**hyperparameters)
+    return dataclasses.replace(variant, **hyperparameters)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """The end of an error message: the known words most like this one."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"there is {', '.join(known) or 'nothing'}"
+
+
+def divisors(d: int, least: int = 2) -> str:
+    """The end of an error message: the block sizes that d allows."""
+    *first, last = [str(n) for n in range(least, d + 1) if d % n == 0] or ["none"]
+    return f"{', '.join(first[:7])} or {last}" if first else last
+
+
+def _register(key: str, cls: type[Variant]) -> None:
+    old = _registry.get(key)
+    if old and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TypeError(
+            f"{cls.__module__}.{cls.__qualname__}: the name {key!r} belongs to "
+            f"{old.__module__}.{old.__qualname__}; choose another with `name=`"
+        )
+    _registry[key] = cls
+
+
+def _hints(cls: type[Variant]) -> dict[str, Any]:
+    return {k: v for c in reversed(cls.__mro__) for k, v in inspect.get_annotations(c).items()}
+
+
+def _mistyped(value: Any, hint: Any) -> str | None:
+    """What is wrong with a hyperparameter's value, by its annotation."""
+    options = list(_alternatives(hint))
+    words = [w for o in options if typing.get_origin(o) is Literal for w in typing.get_args(o)]
+    if value in words and type(value) in {type(w) for w in words}:
+        return None
+    for kind in (o for o in options if isinstance(o, type)):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return None if math.isfinite(value) else "must be finite"
+        if type(value) is kind:
+            return None
+    if words:
+        ask = nearest(value, words) if isinstance(value, str) else ""
+        return f"must be one of {', '.join(map(repr, words))}" + (f"; {ask}" if ask else "")
+    return f"must be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}"
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    args = typing.get_args(hint)
+    if args and typing.get_origin(hint) is not Literal:
+        for arg in args:
+            yield from _alternatives(arg)
+    else:
+        yield hint

@@ -1,0 +1,45 @@
+"""What the AntiPaSTO family shares: coordinates in W's own singular basis."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite.base import LinearBase
+from lora_lite.variant import ParamSpec, Stats, Variant
+
+
+class SingularBasis(Variant, abstract=True):
+    """r frozen singular triplets of W: the leading ones, or with calibration those that carry
+    the most output, score_i = S_i · pool_t(x_t · v_i).
+
+    Clark 2026, arXiv:2601.07473, §3; W itself stays as it is.
+    """
+
+    r: int = 256
+    act_pool: Literal["rms", "mean_abs"] = "rms"
+
+    U: Float[Tensor, "d_out r"] = ParamSpec(trainable=False)
+    S: Float[Tensor, "r"] = ParamSpec(trainable=False)
+    Vh: Float[Tensor, "r d_in"] = ParamSpec(trainable=False)
+
+    def check(self, d_in: int, d_out: int) -> None:
+        if self.r > (q := min(d_in, d_out)):
+            raise ValueError(f"has {q} singular values, fewer than r={self.r}; use r ≤ {q}")
+
+    def statistic(self, x: Float[Tensor, "n d_in"], W: LinearBase) -> Float[Tensor, " q"]:
+        p = x @ W.triplets[2].T.to(x.dtype)
+        return p.square().sum(0) if self.act_pool == "rms" else p.abs().sum(0)
+
+    def init(
+        self, W: LinearBase, generator: torch.Generator, stats: Stats | None
+    ) -> dict[str, Tensor]:
+        if stats is None:
+            return dict(zip(("U", "S", "Vh"), W.svd(self.r)))
+        if stats.count < self.r:
+            raise ValueError(f"saw {stats.count} calibration tokens, fewer than r={self.r}")
+        U, S, Vh = W.triplets
+        pooled = stats.mean.sqrt() if self.act_pool == "rms" else stats.mean
+        keep = (S * pooled.to(S)).topk(self.r).indices.sort().values
+        return dict(U=U[:, keep], S=S[keep], Vh=Vh[keep])

@@ -1,0 +1,76 @@
+"""OFT, COFT and OFTv2."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite.base import LinearBase
+from lora_lite.ops.blocks import block_rows
+from lora_lite.ops.cayley import cayley, cayley_neumann, skew
+from lora_lite.variant import ParamSpec, Variant, divisors, zeros
+
+
+class OFT(Variant):
+    """Rotate the input block by block: y = W (Rᵀ x) + b, W' = W Rᵀ, R = blockdiag(R_1, …, R_n).
+
+    Qiu et al. 2023, arXiv:2306.07280, §3 eq. 3; the input-side form and the Cayley–Neumann series
+    R = I + 2Q + … + 2Q^(t−2) + Q^(t−1): OFTv2, Qiu et al. 2025, arXiv:2506.19847, §3.
+
+    Start: the identity bit for bit (Q = 0).
+    Shapes: q (n, b(b−1)/2), the strict upper triangle of each Q in row-major order; n = d_in/b,
+    or 1 with block_share.
+    Differs: 1. `exact` is (I + Q)(I − Q)⁻¹ with the series' sign, where PEFT's exact form is its
+    transpose. 2. COFT's ball has the radius eps as written, and the projection follows the
+    optimizer's step (`ll.step`), not the forward.
+    """
+
+    block_size: int | None = None
+    n_blocks: int | None = None
+    terms: int = 5
+    exact: bool = False
+    block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
+
+    q: Float[Tensor, "n b*(b-1)//2"] = ParamSpec(zeros)
+
+    def validate(self) -> None:
+        if self.block_size is not None and self.n_blocks is not None:
+            raise ValueError("block_size and n_blocks say the same thing; give one of them")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} must be ≥ 2: smaller rotates nothing")
+        if self.n_blocks is not None and self.n_blocks < 1:
+            raise ValueError(f"n_blocks={self.n_blocks} must be ≥ 1")
+        if self.terms < 2:
+            raise ValueError(f"terms={self.terms} must be ≥ 2: fewer leave no gradient")
+        if self.eps <= 0:
+            raise ValueError(f"eps={self.eps} must be positive")
+
+    def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
+        b = d_in // self.n_blocks if self.n_blocks else self.block_size or 32
+        return dict(b=b, n=1 if self.block_share else d_in // b)
+
+    def check(self, d_in: int, d_out: int) -> None:
+        if self.n_blocks and (d_in % self.n_blocks or d_in // self.n_blocks < 2):
+            fit = divisors(d_in // 2, 1) if d_in % 2 == 0 else divisors(d_in, 1)
+            raise ValueError(f"has in_features={d_in}, not n_blocks={self.n_blocks} ≥ 2 wide; {fit}")
+        if d_in % (b := self.block_size or 32) and not self.n_blocks:
+            raise ValueError(
+                f"has in_features={d_in}, not a multiple of block_size={b}; use {divisors(d_in)}"
+            )
+
+    def prepare(self, W: LinearBase, q: Tensor) -> dict[str, Tensor]:
+        Q = skew(q, self.sizes(W.d_in, W.d_out)["b"])
+        return dict(R=cayley(Q) if self.exact else cayley_neumann(Q, self.terms))
+
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, R: Tensor
+    ) -> Float[Tensor, "*batch d_out"]:
+        return W(block_rows(x, R))
+
+    def step(self, tensors: dict[str, Tensor], step: int, total: int | None) -> None:
+        """COFT, eq. 5: ‖Q_i‖_F ≤ eps/√n after every optimizer step."""
+        if self.coft:
+            q = tensors["q"]
+            radius = self.eps / (2 * len(q)) ** 0.5
+            q.mul_((radius / q.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1))
