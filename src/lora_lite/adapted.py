@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite import shapes
-from lora_lite.base import Base, at_least_float32, base_kind
+from lora_lite.base import Base, base_kind
 from lora_lite.variant import Variant
 
 
@@ -32,7 +32,9 @@ class Attachment(nn.Module):
 class Adapter(nn.Module):
     """One method at one layer: its tensors, and whether and how strongly it acts."""
 
-    def __init__(self, variant: Variant, attachment: Attachment, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, variant: Variant, attachment: Attachment, tensors: dict[str, Tensor]
+    ) -> None:
         super().__init__()
         self.variant = variant
         self.enabled, self.strength = True, 1.0
@@ -59,14 +61,12 @@ class Adapter(nn.Module):
         dtype = compute_dtype(x)
         x = x.to(dtype)
         if type(variant).prepare is not Variant.prepare:
-            wide = {key: at_least_float32(t) for key, t in tensors.items()}
+            wide = torch.promote_types(dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):
-                tensors_in = variant.prepare(W, **wide)
+                tensors_in = variant.prepare(W, **cast(tensors, wide))
         else:
             tensors_in = tensors
-        tensors_in = {
-            key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors_in.items()
-        }
+        tensors_in = cast(tensors_in, dtype)
         if self.strength != 1:
             below, z = W.below, W(x)
             W.below = lambda h, *rest: z if h is x else below(h, *rest)
@@ -176,6 +176,11 @@ def learning_rate_factor(variant: Variant, key: str) -> float:
     """The multiplier that a tensor's spec puts on the learning rate."""
     lr = variant.specs[key].lr
     return lr(variant) if callable(lr) else lr
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating-point tensors in another dtype, the others as they are."""
+    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,11 +1,9 @@
 """Putting a method on a model, and taking it off."""
 
 import hashlib
-import json
-import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +15,8 @@ from lora_lite.adapted import (
     Adapted,
     Adapter,
     Attachment,
-    adapted_layers,
     adapters,
     clean,
-    learning_rate_factor,
     put,
     register,
     remove,
@@ -84,9 +80,9 @@ class Plan:
                 if site.variant.specs[key].shared and key in shared:
                     continue
                 shared.add(key)
-                total += torch.Size(shape).numel() * tensor_dtype(
-                    site.variant, key, self.dtype
-                ).itemsize
+                total += (
+                    torch.Size(shape).numel() * tensor_dtype(site.variant, key, self.dtype).itemsize
+                )
         return total
 
     def __str__(self) -> str:
@@ -101,7 +97,9 @@ class Plan:
         }
         for key, count in alike.items():
             leaf, d_out, d_in, variant, words = key
-            note = words if variant == self.variant else f"{words}; {_differs(variant, self.variant)}"
+            note = (
+                words if variant == self.variant else f"{words}; {_differs(variant, self.variant)}"
+            )
             trained = f"{by_key[key].count(trainable=True):,}"
             rows.append((f"{count}×", leaf or "(the model)", f"{d_out} × {d_in}", trained, note))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -164,9 +162,7 @@ def plan(
         local = configure(configured, **changes[path])
         with _blame(local, path):
             local.check(W.d_in, W.d_out)
-            sites.append(
-                Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out))
-            )
+            sites.append(Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out)))
     if hasattr(model, ATTACHMENTS) and name in getattr(model, ATTACHMENTS):
         raise ValueError(f"the model has an adapter {name!r} already; choose another `name`")
     base = sum(p.numel() for p in base_parameters(model).values())
@@ -216,7 +212,9 @@ def attach(
     )
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    bases = {site.name: base_kind(site.layer, site.variant.site)(site.layer) for site in chart.sites}
+    bases = {
+        site.name: base_kind(site.layer, site.variant.site)(site.layer) for site in chart.sites
+    }
     stats = {} if calibration is None else calibrate(model, chart.sites, bases, calibration)
     attachment = Attachment(name, seed, tuple(site.name for site in chart.sites))
     made = []

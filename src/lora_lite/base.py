@@ -107,9 +107,9 @@ class LinearBase(Base):
                 self.layer.bias.copy_(bias)
 
     def linear(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """x Wᵀ by the pretrained layer, bias and earlier adapters left out."""
-        if type(self.layer.weight) in (Tensor, nn.Parameter) and not _offloaded(self.layer):
-            return F.linear(x, self.weight)
+        """x Wᵀ in W's dtype by the pretrained layer, bias and earlier adapters left out."""
+        if self.layer.weight.is_floating_point() and not _offloaded(self.layer):
+            return F.linear(x.to(self.layer.weight.dtype), self.weight)
         return self.less_bias(frozen_forward(self.layer)(x))
 
     def finite_weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -165,9 +165,6 @@ class Conv1DBase(LinearBase):
     def d_out(self) -> int:
         return self.layer.weight.shape[1]
 
-    def linear(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        return self.less_bias(frozen_forward(self.layer)(x))
-
 
 class DenseBase(LinearBase):
     """A linear layer's numbers in another precision, for probing a merge away from the model."""
@@ -189,7 +186,7 @@ class DenseBase(LinearBase):
     training = property(lambda self: False)
 
     def linear(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        return F.linear(x, self.dense)
+        return F.linear(x.to(self.dense.dtype), self.dense)
 
 
 def base_kind(layer: nn.Module, site: str) -> type[Base] | None:

@@ -1,7 +1,6 @@
 """Running a model on batches, for the methods whose start depends on data."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch

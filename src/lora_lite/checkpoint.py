@@ -26,7 +26,7 @@ from lora_lite.attach import (
 )
 from lora_lite.base import base_kind
 from lora_lite.targets import find_sites
-from lora_lite.variant import Variant, configure, nearest, variants
+from lora_lite.variant import configure, nearest, variants
 
 FORMAT, VERSION = "lora-lite", 1
 
@@ -96,7 +96,9 @@ def load(
     name = name or header["name"]
     where = f"{os.fspath(path)}: "
     if header["variant"] not in variants():
-        raise KeyError(f"{where}no variant {header['variant']!r}; {nearest(header['variant'], variants())}")
+        raise KeyError(
+            f"{where}no variant {header['variant']!r}; {nearest(header['variant'], variants())}"
+        )
     targets = {t["name"]: t for t in header["targets"]}
     missing = [t for t in targets if t not in dict(_named(model))]
     if missing:
@@ -125,9 +127,7 @@ def load(
         variant = configure(header["variant"], **target["hyperparameters"])
         shapes = variant.shapes(W.d_in, W.d_out)
         sites.append(Site(target_name, layer, variant, W.d_in, W.d_out, shapes))
-    dtype = next(
-        (t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32
-    )
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     _check_tensors(where, sites, tensors)
     count = sum(p.numel() for p in base_parameters(model).values())
     chart = Plan(name, first, tuple(sites), dtype, count)
@@ -184,7 +184,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         header = json.loads(metadata[FORMAT])
     except (KeyError, ValueError):
-        raise ValueError(f"{where}no lora-lite checkpoint: its metadata has no {FORMAT!r}") from None
+        raise ValueError(
+            f"{where}no lora-lite checkpoint: its metadata has no {FORMAT!r}"
+        ) from None
     if header.get("format_version") != VERSION:
         raise ValueError(
             f"{where}format version {header.get('format_version')}, and this library reads "

@@ -69,9 +69,7 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
     _mergeable(model)
     layers = list(adapted_layers(model))
     report = MergeReport(tuple(_merged_layer(name, layer) for name, layer in layers))
-    own = [
-        (p, p.detach().clone()) for _, x in layers for p in (x.weight, x.bias) if p is not None
-    ]
+    own = [(p, p.detach().clone()) for _, x in layers for p in (x.weight, x.bias) if p is not None]
     try:
         for _, layer in layers:
             weight, bias = merged_weight(layer)

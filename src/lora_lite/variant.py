@@ -154,9 +154,7 @@ class Variant:
         """Further words for the shapes."""
         return {}
 
-    def init(
-        self, W: Base, generator: torch.Generator, stats: Stats | None
-    ) -> dict[str, Tensor]:
+    def init(self, W: Base, generator: torch.Generator, stats: Stats | None) -> dict[str, Tensor]:
         """Values that depend on the layer, in place of their specs' `init`; `stats` is None
         without calibration."""
         return {}
@@ -188,6 +186,7 @@ class Variant:
     def regulariser(self, **tensors: Tensor) -> Tensor | None:
         """A penalty that the method adds to the loss."""
         return None
+
 
 _registry: dict[str, type[Variant]] = {}
 

@@ -23,7 +23,7 @@ def low_rank_row_norms(
     digits, so the 16 rows that shrank most are summed directly: a fixed number, so that no
     decision waits for the device.
     """
-    WAt = W.linear(A.to(W.layer.weight.dtype)).T.to(A.dtype)
+    WAt = W.linear(A).T.to(A.dtype)
     n_sq = w_sq + 2 * (WAt * B).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
     rows = (n_sq / w_sq).topk(min(RECHECKED_ROWS, len(n_sq)), largest=False).indices
     direct = (W.weight[rows].to(A.dtype) + B[rows] @ A).square().sum(1)

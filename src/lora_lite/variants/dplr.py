@@ -1,6 +1,5 @@
 """Diagonal plus low rank in the singular basis."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor

@@ -157,7 +157,9 @@ class JORA(Variant):
         stds = dict.fromkeys(("d", "blocks", "rem", "A"), 0 if self.zero_init_core else std)
         stds |= dict(B=std, theta_L=theta_std, theta_R=theta_std)
         out = {
-            k: s * torch.randn(shapes[k], generator=generator) for k, s in stds.items() if k in shapes
+            k: s * torch.randn(shapes[k], generator=generator)
+            for k, s in stds.items()
+            if k in shapes
         }
         used = []
         for side, dim, count in zip("LR", (n, m), self.active_pairs(m, n)):

@@ -1,6 +1,5 @@
 """OFT, COFT and OFTv2."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,7 +52,9 @@ class OFT(Variant):
     def check(self, d_in: int, d_out: int) -> None:
         if self.n_blocks and (d_in % self.n_blocks or d_in // self.n_blocks < 2):
             fit = divisors(d_in // 2, 1) if d_in % 2 == 0 else divisors(d_in, 1)
-            raise ValueError(f"has in_features={d_in}, not n_blocks={self.n_blocks} ≥ 2 wide; {fit}")
+            raise ValueError(
+                f"has in_features={d_in}, not n_blocks={self.n_blocks} ≥ 2 wide; {fit}"
+            )
         if d_in % (b := self.block_size or 32) and not self.n_blocks:
             raise ValueError(
                 f"has in_features={d_in}, not a multiple of block_size={b}; use {divisors(d_in)}"

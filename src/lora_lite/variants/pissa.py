@@ -43,7 +43,9 @@ class PiSSA(LoRA):
 
     def check(self, d_in: int, d_out: int) -> None:
         if self.r > min(d_in, d_out):
-            raise ValueError(f"has r={self.r} above its {min(d_in, d_out)} singular values; lower r")
+            raise ValueError(
+                f"has r={self.r} above its {min(d_in, d_out)} singular values; lower r"
+            )
 
     def init(
         self, W: LinearBase, generator: torch.Generator, stats: Stats | None
