@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,34 +86,31 @@ class Plan:
         return total
 
     def __str__(self) -> str:
-        alike = Counter(
-            (site.name.rsplit(".", 1)[-1], site.d_out, site.d_in, site.variant, _words(site.shapes))
-            for site in self.sites
-        )
+        alike: dict[tuple[Any, ...], list[Site]] = defaultdict(list)
+        for site in self.sites:
+            alike[site.name.rsplit(".", 1)[-1], site.d_out, site.d_in, site.variant].append(site)
         rows = [("layers", "name", "d_out × d_in", "trained", "tensors")]
-        by_key = {
-            (s.name.rsplit(".", 1)[-1], s.d_out, s.d_in, s.variant, _words(s.shapes)): s
-            for s in self.sites
-        }
-        for key, count in alike.items():
-            leaf, d_out, d_in, variant, words = key
-            note = (
-                words if variant == self.variant else f"{words}; {_differs(variant, self.variant)}"
+        for (leaf, d_out, d_in, variant), sites in alike.items():
+            words = " ".join(
+                f"{key}[{', '.join(map(str, shape))}]" for key, shape in sites[0].shapes.items()
             )
-            trained = f"{by_key[key].count(trainable=True):,}"
-            rows.append((f"{count}×", leaf or "(the model)", f"{d_out} × {d_in}", trained, note))
+            usual = vars(self.variant)
+            other = [f"{k}={v}" for k, v in vars(variant).items() if usual[k] != v]
+            rows.append(
+                (
+                    f"{len(sites)} ×",
+                    leaf or "(the model)",
+                    f"{d_out} × {d_in}",
+                    f"{sites[0].count(trainable=True):,}",
+                    f"{words} ({', '.join(other)})" if other else words,
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = [
             "  ".join(
-                [
-                    row[0].rjust(widths[0]),
-                    row[1].ljust(widths[1]),
-                    row[2].rjust(widths[2]),
-                    row[3].rjust(widths[3]),
-                    row[4],
-                ]
+                [a.rjust(widths[0]), b.ljust(widths[1]), c.rjust(widths[2]), d.rjust(widths[3]), e]
             )
-            for row in rows
+            for a, b, c, d, e in rows
         ]
         share = 100 * self.trainable / max(self.base_parameters, 1)
         total = (
@@ -393,14 +390,6 @@ def _blame(variant: Variant, path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{variant.name}: {path or 'the model'} {error}") from error
-
-
-def _words(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return " ".join(f"{key}{tuple(shape)}".replace(" ", "") for key, shape in shapes.items())
-
-
-def _differs(variant: Variant, usual: Variant) -> str:
-    return ", ".join(f"{k}={v}" for k, v in vars(variant).items() if vars(usual)[k] != v)
 
 
 def _mib(n: int) -> str:

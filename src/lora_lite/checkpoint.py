@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lite.adapted import Attachment, adapters
+from lora_lite.adapted import Adapter, Attachment, adapters, clean
 from lora_lite.attach import (
     Plan,
     Site,
@@ -26,148 +27,77 @@ from lora_lite.attach import (
 )
 from lora_lite.base import base_kind
 from lora_lite.targets import find_sites
-from lora_lite.variant import configure, nearest, variants
+from lora_lite.variant import Variant, configure, nearest, variants
 
 FORMAT, VERSION = "lora-lite", 1
+PathLike = str | os.PathLike[str]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Write one adapter to a file; `name` may be left out where the model has one.
+def save(model: nn.Module, path: PathLike, name: str | None = None) -> None:
+    """Write one adapter to a file; `name` may be left out where the model has only one.
 
-    The file is written beside its place and moved there whole, so that a killed save leaves the
-    old one. With sharded tensors every rank must call; the first writes.
+    The file is written beside its place and moved there whole, so a killed save leaves the old
+    one. With sharded tensors every rank must call; the first writes.
 
     Raises: ValueError where there is no adapter, or several and no name.
     """
-    name = _the_name(model, name)
     found = adapters(model, name)
-    attachment = found[0][2].attachment
+    names = sorted({adapter.attachment.name for _, _, adapter in found})
+    if len(names) > 1:
+        raise ValueError(f"the model has the adapters {', '.join(names)}; say which by `name`")
+    first = found[0][2]
     tensors, rebuilt = {}, {}
-    for key, tensor, variant, spec_key in _all_tensors(found):
+    for key, tensor, saved in _entries((path, a.variant, a.tensors()) for path, _, a in found):
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if variant.specs[spec_key].saved:
+        if saved:
             tensors[key] = tensor.detach().cpu().contiguous()
         else:
             rebuilt[key] = sketch(tensor)
-    variant = next(iter(found))[2].variant
     header = {
-        "format": FORMAT,
         "format_version": VERSION,
-        "variant": variant.name,
-        "name": name,
-        "seed": attachment.seed,
-        "step": attachment.step,
-        "total": attachment.total,
-        "targets": [
-            {
-                "name": path,
-                "d_in": layer.base_kind(layer).d_in,
-                "d_out": layer.base_kind(layer).d_out,
-                "base": adapter.fingerprint or fingerprint(layer.base_kind(layer)),
-                "hyperparameters": vars(adapter.variant),
-            }
-            for path, layer, adapter in found
-        ],
+        "variant": first.variant.name,
+        "name": first.attachment.name,
+        "seed": first.attachment.seed,
+        "step": first.attachment.step,
+        "total": first.attachment.total,
+        "targets": [_target(path, layer, adapter) for path, layer, adapter in found],
         "rebuilt": rebuilt,
         "digest": digest(tensors),
     }
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    _write(Path(path), tensors, {FORMAT: json.dumps(header)})
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _write(Path(path), tensors, {FORMAT: json.dumps(header)})
 
 
-def load(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    name: str | None = None,
-    *,
-    force: bool = False,
-) -> Plan:
+def load(model: nn.Module, path: PathLike, name: str | None = None, *, force: bool = False) -> Plan:
     """Put a saved adapter on a model, or its numbers into the adapter of that name that is there.
 
     name: the adapter's, by default the one it was saved under. force: take a base whose weights
     are not those that the adapter was trained on.
 
-    Returns: the plan of what is now on the model. Raises: ValueError where the file is of another
-    format, damaged, of other shapes, not finite, or made for another base, and KeyError where its
-    variant is unknown; the model is then as it was.
+    Returns: the plan of what is on the model now. Raises: FileNotFoundError; ValueError where the
+    file is of another format, damaged, not finite, of other shapes or made for another base;
+    KeyError where its variant is unknown. The model is then as it was.
     """
     header, tensors = read(path)
     name = name or header["name"]
-    where = f"{os.fspath(path)}: "
-    if header["variant"] not in variants():
-        raise KeyError(
-            f"{where}no variant {header['variant']!r}; {nearest(header['variant'], variants())}"
-        )
-    targets = {t["name"]: t for t in header["targets"]}
-    missing = [t for t in targets if t not in dict(_named(model))]
-    if missing:
-        raise ValueError(
-            f"{where}the model has no layer {missing[0]!r}; {nearest(missing[0], dict(_named(model)))}"
-        )
-    first = configure(header["variant"], **header["targets"][0]["hyperparameters"])
-    layers = find_sites(model, first.site, lambda path, layer: path in targets, None)
-    sites = []
-    for target_name in targets:
-        target = targets[target_name]
-        if target_name not in layers:
-            raise ValueError(f"{where}{target_name} is no {first.site} layer on this model")
-        layer = layers[target_name]
-        W = base_kind(layer, first.site)(layer)
-        if (W.d_in, W.d_out) != (target["d_in"], target["d_out"]):
-            raise ValueError(
-                f"{where}{target_name} is {W.d_out}×{W.d_in}, and the adapter was made for "
-                f"{target['d_out']}×{target['d_in']}; load it on its own base model"
-            )
-        if not force and target["base"] and (own := fingerprint(W)) and own != target["base"]:
-            raise ValueError(
-                f"{where}{target_name} has other weights than the base that the adapter was "
-                "trained on; load that base, or pass force=True if it is meant"
-            )
-        variant = configure(header["variant"], **target["hyperparameters"])
-        shapes = variant.shapes(W.d_in, W.d_out)
-        sites.append(Site(target_name, layer, variant, W.d_in, W.d_out, shapes))
+    try:
+        sites = _sites(model, header, force)
+        _check_tensors(sites, tensors)
+        present = _present(model, name, sites)
+        made = _adapters(name, header, sites, tensors, force)
+    except (KeyError, TypeError, ValueError) as error:
+        raise type(error)(f"{os.fspath(path)}: {error.args[0]}") from None
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    _check_tensors(where, sites, tensors)
     count = sum(p.numel() for p in base_parameters(model).values())
-    chart = Plan(name, first, tuple(sites), dtype, count)
-    existing = _existing(model, name, sites, where)
-    attachment = Attachment(name, header["seed"], tuple(targets))
-    attachment.step, attachment.total = header["step"], header["total"]
-    made = []
-    for site in sites:
-        W = base_kind(site.layer, site.variant.site)(site.layer)
-        own = {
-            key: tensors[_key(site, key)] for key in site.shapes if site.variant.specs[key].saved
-        }
-        device = torch.device("cpu") if W.device.type == "meta" else W.device
-        own = {key: t.to(device, copy=True) for key, t in own.items()}
-        if len(own) < len(site.shapes):
-            fresh = fresh_tensors(site, W, attachment, dtype)
-            for key in site.shapes.keys() - own.keys():
-                expected = header["rebuilt"].get(_key(site, key))
-                if expected is None or not (force or sketches_agree(sketch(fresh[key]), expected)):
-                    raise ValueError(
-                        f"{where}{_key(site, key)} comes out otherwise than when it was saved; "
-                        "the seed or the base differ (force=True takes it nevertheless)"
-                    )
-                own[key] = fresh[key]
-        own = {key: own[key] for key in site.shapes}
-        made.append(make_adapter(site, W, attachment, own))
-    if existing:
-        with torch.no_grad():
-            for adapter, new in zip(existing, made):
-                for key, tensor in adapter.tensors().items():
-                    tensor.copy_(new.tensors()[key])
-        existing[0].attachment.step = attachment.step
-        existing[0].attachment.total = attachment.total
-        existing[0].attachment.seed = attachment.seed
+    chart = Plan(name, sites[0].variant, sites, dtype, count)
+    if present:
+        _copy_into(present, made)
     else:
-        install(model, chart, attachment, made)
+        install(model, chart, made[0].attachment, made)
     return chart
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A file's header and tensors, checked against each other.
 
     Raises: FileNotFoundError, and ValueError where it is no whole checkpoint of this format.
@@ -183,14 +113,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         raise ValueError(f"{where}damaged or no safetensors file ({error})") from None
     try:
         header = json.loads(metadata[FORMAT])
-    except (KeyError, ValueError):
+        version = header["format_version"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{where}no checkpoint of this library ({FORMAT!r} metadata)") from None
+    if version != VERSION:
         raise ValueError(
-            f"{where}no lora-lite checkpoint: its metadata has no {FORMAT!r}"
-        ) from None
-    if header.get("format_version") != VERSION:
-        raise ValueError(
-            f"{where}format version {header.get('format_version')}, and this library reads "
-            f"{VERSION}; use the version that wrote it"
+            f"{where}format version {version}, and this library reads {VERSION}; "
+            "use the version that wrote it"
         )
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -211,91 +140,155 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def sketch(t: Tensor) -> list[float]:
-    """A tensor's norm and its product with a fixed vector: a checksum that survives the last bits,
+    """A tensor's norm and its product with a fixed vector: a checksum that forgives the last bits,
     which sums and random generators on other machines may round otherwise."""
     t = t.detach().double().flatten().cpu()
     return [float(t.norm()), float(t @ torch.cos(torch.arange(len(t), dtype=torch.float64)))]
 
 
 def sketches_agree(a: list[float], b: list[float]) -> bool:
-    scale = 1e-4 * max(abs(a[0]), abs(b[0]))
-    return abs(a[0] - b[0]) <= scale and abs(a[1] - b[1]) <= scale
+    return max(abs(x - y) for x, y in zip(a, b)) <= 1e-4 * max(a[0], b[0])
 
 
-def _check_tensors(where: str, sites: list[Site], tensors: dict[str, Tensor]) -> None:
-    expected = {
-        _key(site, key): (shape, site.variant, key)
-        for site in sites
-        for key, shape in site.shapes.items()
-        if site.variant.specs[key].saved
+def _target(path: str, layer: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    W = layer.base_kind(layer)
+    return {
+        "name": path,
+        "d_in": W.d_in,
+        "d_out": W.d_out,
+        "base": adapter.fingerprint or fingerprint(W),
+        "hyperparameters": vars(adapter.variant),
     }
-    for key in expected.keys() - tensors.keys():
-        raise ValueError(f"{where}{key} is missing")
-    for key in tensors.keys() - expected.keys():
-        raise ValueError(f"{where}{key} belongs to no tensor of the adapter")
-    for key, (shape, variant, spec_key) in expected.items():
-        t = tensors[key]
-        dtype = tensor_dtype(variant, spec_key, t.dtype)
-        if tuple(t.shape) != shape or t.dtype != dtype or not _kind(t, dtype):
+
+
+def _entries(
+    owners: Iterable[tuple[str, Variant, dict[str, Any]]],
+) -> Iterator[tuple[str, Any, bool]]:
+    """(key in the file, what the owner has under the tensor's name, saved), shared tensors once."""
+    seen = set()
+    for path, variant, values in owners:
+        for name, value in values.items():
+            key = file_key(path, variant, name)
+            if key not in seen:
+                seen.add(key)
+                yield key, value, variant.specs[name].saved
+
+
+def file_key(path: str, variant: Variant, name: str) -> str:
+    return f"shared.{name}" if variant.specs[name].shared else f"{path}.{name}".lstrip(".")
+
+
+def _sites(model: nn.Module, header: dict[str, Any], force: bool) -> tuple[Site, ...]:
+    """The model's layers that the file speaks of, found to be what it says."""
+    if (unknown := header["variant"]) not in variants():
+        raise KeyError(f"no variant {unknown!r}; {nearest(unknown, variants())}")
+    targets = {target["name"]: target for target in header["targets"]}
+    modules = {clean(path) for path, _ in model.named_modules()}
+    for path in targets:
+        if path not in modules:
+            raise ValueError(f"the model has no layer {path!r}; {nearest(path, modules)}")
+    kind = configure(header["variant"], **header["targets"][0]["hyperparameters"]).site
+    layers = find_sites(model, kind, lambda path, layer: path in targets, None)
+    sites = []
+    for path, target in targets.items():
+        if path not in layers:
+            raise ValueError(f"{path} is no {kind} layer on this model")
+        W = base_kind(layers[path], kind)(layers[path])
+        if (W.d_in, W.d_out) != (target["d_in"], target["d_out"]):
             raise ValueError(
-                f"{where}{key} is {t.dtype} {tuple(t.shape)}, and should be {dtype} {shape}"
+                f"{path} is {W.d_out}×{W.d_in}, and the adapter was made for "
+                f"{target['d_out']}×{target['d_in']}; load it on its own base model"
             )
+        if not force and target["base"] and (own := fingerprint(W)) and own != target["base"]:
+            raise ValueError(
+                f"{path} has other weights than the base that the adapter was trained on; "
+                "load that base, or pass force=True if it is meant"
+            )
+        variant = configure(header["variant"], **target["hyperparameters"])
+        shapes = variant.shapes(W.d_in, W.d_out)
+        sites.append(Site(path, layers[path], variant, W.d_in, W.d_out, shapes))
+    return tuple(sites)
 
 
-def _kind(t: Tensor, dtype: torch.dtype) -> bool:
-    return t.is_floating_point() == dtype.is_floating_point
+def _check_tensors(sites: tuple[Site, ...], tensors: dict[str, Tensor]) -> None:
+    expected = {
+        file_key(site.name, site.variant, name): (shape, site.variant, name)
+        for site in sites
+        for name, shape in site.shapes.items()
+        if site.variant.specs[name].saved
+    }
+    for key in sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{key} is missing")
+    for key in sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{key} is no tensor of the adapter")
+    for key, (shape, variant, name) in expected.items():
+        t = tensors[key]
+        dtype = tensor_dtype(variant, name, t.dtype if t.is_floating_point() else torch.float32)
+        if tuple(t.shape) != shape or t.dtype != dtype:
+            raise ValueError(f"{key} is {t.dtype} {tuple(t.shape)}, and should be {dtype} {shape}")
 
 
-def _existing(model: nn.Module, name: str, sites: list[Site], where: str) -> list[Any]:
-    """The adapters of that name on the model, in the sites' order; none is a fresh model."""
+def _present(model: nn.Module, name: str, sites: tuple[Site, ...]) -> list[Adapter]:
+    """The model's adapters of that name, in the sites' order; none on a fresh model."""
     try:
         found = {path: adapter for path, _, adapter in adapters(model, name)}
     except ValueError:
         return []
-    for site in sites:
-        have = found.pop(site.name, None)
-        if have is None or have.variant != site.variant:
+    wanted = {site.name: site.variant for site in sites}
+    for path in sorted(found.keys() | wanted.keys()):
+        have = found[path].variant if path in found else "nothing"
+        want = wanted.get(path, "nothing")
+        if have != want:
             raise ValueError(
-                f"{where}the model's adapter {name!r} is {have.variant if have else 'absent'} at "
-                f"{site.name}, and the file has {site.variant}; detach it or load under another name"
+                f"the model's adapter {name!r} has {have} at {path}, and the file has {want}; "
+                "detach it or load under another name"
             )
-    if found:
-        raise ValueError(
-            f"{where}the model's adapter {name!r} is also at {next(iter(found))}, where the file "
-            "has none; detach it or load under another name"
-        )
-    by_path = {path: adapter for path, _, adapter in adapters(model, name)}
-    return [by_path[site.name] for site in sites]
+    return [found[site.name] for site in sites]
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from lora_lite.adapted import clean
+def _adapters(
+    name: str,
+    header: dict[str, Any],
+    sites: tuple[Site, ...],
+    tensors: dict[str, Tensor],
+    force: bool,
+) -> list[Adapter]:
+    """The file's adapters, away from the model; tensors that it leaves out are made again."""
+    attachment = Attachment(name, header["seed"], tuple(site.name for site in sites))
+    attachment.step, attachment.total = header["step"], header["total"]
+    made = []
+    for site in sites:
+        W = base_kind(site.layer, site.variant.site)(site.layer)
+        keys = {key: file_key(site.name, site.variant, key) for key in site.shapes}
+        device = "cpu" if W.device.type == "meta" else W.device
+        values = {
+            key: tensors[keys[key]].to(device, copy=True)
+            for key in site.shapes
+            if site.variant.specs[key].saved
+        }
+        if left_out := site.shapes.keys() - values.keys():
+            dtype = next((t.dtype for t in values.values() if t.is_floating_point()), torch.float32)
+            fresh = fresh_tensors(site, W, attachment, dtype)
+            for key in left_out:
+                if not (force or sketches_agree(sketch(fresh[key]), header["rebuilt"][keys[key]])):
+                    raise ValueError(
+                        f"{keys[key]}, made again, is not what it was when saved: the seed or the "
+                        "base differ; load the right base, or pass force=True if it is meant"
+                    )
+                values[key] = fresh[key]
+        ordered = {key: values[key] for key in site.shapes}
+        made.append(make_adapter(site, W, attachment, ordered))
+    return made
 
-    return [(clean(name), module) for name, module in model.named_modules()]
 
-
-def _the_name(model: nn.Module, name: str | None) -> str:
-    names = {adapter.attachment.name for _, _, adapter in adapters(model, name)}
-    if len(names) > 1:
-        raise ValueError(f"the model has the adapters {', '.join(sorted(names))}; name one")
-    return names.pop()
-
-
-def _key(site: Site, key: str) -> str:
-    shared = site.variant.specs[key].shared
-    return f"shared:{key}" if shared else ".".join(filter(None, (site.name, key)))
-
-
-def _all_tensors(found: list[Any]) -> Any:
-    """(file key, tensor, variant, tensor name), shared tensors once."""
-    seen = set()
-    for path, _, adapter in found:
+@torch.no_grad()
+def _copy_into(present: list[Adapter], made: list[Adapter]) -> None:
+    for adapter, new in zip(present, made):
+        values = new.tensors()
         for key, tensor in adapter.tensors().items():
-            shared = adapter.variant.specs[key].shared
-            file_key = f"shared:{key}" if shared else ".".join(filter(None, (path, key)))
-            if file_key not in seen:
-                seen.add(file_key)
-                yield file_key, tensor, adapter.variant, key
+            tensor.copy_(values[key])
+    for field in ("seed", "step", "total"):
+        setattr(present[0].attachment, field, getattr(made[0].attachment, field))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -53,8 +53,8 @@ def merge(model: nn.Module) -> MergeReport:
     """
     _mergeable(model)
     report = MergeReport(tuple(_merged_layer(name, layer) for name, layer in adapted_layers(model)))
-    for _, layer in adapted_layers(model):
-        weight, bias = merged_weight(layer)
+    for name, layer in adapted_layers(model):
+        weight, bias = merged_weight(name, layer)
         layer.base_kind(layer).write(weight, bias)
     detach(model)
     return report
@@ -71,8 +71,8 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
     report = MergeReport(tuple(_merged_layer(name, layer) for name, layer in layers))
     own = [(p, p.detach().clone()) for _, x in layers for p in (x.weight, x.bias) if p is not None]
     try:
-        for _, layer in layers:
-            weight, bias = merged_weight(layer)
+        for name, layer in layers:
+            weight, bias = merged_weight(name, layer)
             layer.base_kind(layer).write(weight, bias)
             layer.merged = True
         yield report
@@ -95,15 +95,15 @@ def delta_weights(model: nn.Module) -> dict[str, Tensor]:
     deltas = {}
     for name, layer in adapted_layers(model):
         W = DenseBase(layer.base_kind(layer), probe_dtype(layer))
-        deltas[name] = merged_weight(layer)[0] - W.weight
+        deltas[name] = merged_weight(name, layer)[0] - W.weight
     return deltas
 
 
 @torch.no_grad()
-def merged_weight(layer: Adapted) -> tuple[Tensor, Tensor | None]:
+def merged_weight(name: str, layer: Adapted) -> tuple[Tensor, Tensor | None]:
     """W' (d_out, d_in) and b' of an adapted layer in the probing precision: f(I) − f(0) by rows.
 
-    Raises: ValueError where f(0) isn't zero and the layer has no bias to hold it.
+    Raises: ValueError where W' isn't finite, or f(0) isn't zero and no bias can hold it.
     """
     dtype = probe_dtype(layer)
     W = DenseBase(layer.base_kind(layer), dtype)
@@ -124,8 +124,10 @@ def merged_weight(layer: Adapted) -> tuple[Tensor, Tensor | None]:
             eye = torch.eye(W.d_in, dtype=dtype, device=W.dense.device)[start : start + CHUNK]
             rows.append(run(eye) - origin)
     weight = torch.cat(rows).T
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: the merged weight has NaN or infinite entries; nothing changed")
     if layer.bias is None and origin.any():
-        raise ValueError("needs a bias to be merged, and has none; give the layer a zero bias")
+        raise ValueError(f"{name} needs a bias for the merge; give the layer one of zeros")
     return weight, origin[0] if layer.bias is not None else None
 
 
@@ -136,9 +138,7 @@ def probe_dtype(layer: nn.Module) -> torch.dtype:
 
 
 def _merged_layer(name: str, layer: Adapted) -> MergedLayer:
-    weight, _ = merged_weight(layer)
-    if not weight.isfinite().all():
-        raise ValueError(f"{name}: the merged weight has NaN or infinite entries; nothing changed")
+    weight, _ = merged_weight(name, layer)
     W = layer.base_kind(layer).weight.to(weight.dtype)
     rounded = weight.to(layer.weight.dtype).to(weight.dtype)
     if not rounded.isfinite().all():

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -221,7 +221,7 @@ def configure(variant: str | type[Variant] | Variant, **hyperparameters: Any) ->
     return dataclasses.replace(variant, **hyperparameters)
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the known words most like this one."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
@@ -234,6 +234,12 @@ def divisors(d: int, least: int = 2) -> str:
     """The end of an error message: the block sizes that d allows."""
     *first, last = [str(n) for n in range(least, d + 1) if d % n == 0] or ["none"]
     return f"{', '.join(first[:7])} or {last}" if first else last
+
+
+def check_rank(r: int, d_in: int, d_out: int) -> None:
+    """Raise ValueError where a layer of these sizes has fewer than r singular values."""
+    if r > (most := min(d_in, d_out)):
+        raise ValueError(f"has {most} singular values, fewer than r={r}; use r ≤ {most}")
 
 
 def _register(key: str, cls: type[Variant]) -> None:

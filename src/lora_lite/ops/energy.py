@@ -1,4 +1,4 @@
-"""Row scales that keep a weight's total energy Σ ‖w_i‖²."""
+"""Row scales that keep a weight's total energy E = Σ ‖w_i‖²."""
 
 import torch
 from jaxtyping import Float
@@ -13,16 +13,20 @@ def oer_softmax(
     Σ (s_i ‖w_i‖)² = E for every g and T, and g = 0 gives exact zeros. Rows without energy keep
     s = 1 and stay out of the softmax.
     """
-    log_energy = 2 * norms.log()
-    shift = torch.logsumexp(log_energy + g / temperature, 0) - torch.logsumexp(log_energy, 0)
-    s_1 = torch.expm1((g / temperature - shift) / 2)
-    return torch.where(norms > 0, s_1, 0)
+    # Finite, so that a layer of zeros gives no NaN.
+    log_energy = (2 * norms.log()).clamp(min=-1e30)
+    gain = torch.logsumexp(log_energy + g / temperature, 0) - torch.logsumexp(log_energy, 0)
+    return torch.where(norms > 0, torch.expm1((g / temperature - gain) / 2), 0)
 
 
 def ecd_tanh(
     g: Float[Tensor, " n"], norms: Float[Tensor, " n"], temperature: float, alpha: float
 ) -> Float[Tensor, " n"]:
-    """s − 1 for s_i = a_i √(E / Σ ‖w_j‖² a_j²), a = 1 + α tanh(g/T)."""
+    """s − 1 for s_i = a_i √(E / Σ ‖w_j‖² a_j²), a = 1 + α tanh(g/T).
+
+    Σ (s_i ‖w_i‖)² = E for every g and T, and g = 0 gives exact zeros.
+    """
     a = 1 + alpha * torch.tanh(g / temperature)
-    energy = norms.square()
-    return a * (energy.sum() / (energy * a.square()).sum()).sqrt() - 1
+    tiny = torch.finfo(norms.dtype).tiny  # E = 0, a layer of zeros, gives no NaN
+    E, E_a = norms.square().sum() + tiny, (norms * a).square().sum() + tiny
+    return a * (E / E_a).sqrt() - 1

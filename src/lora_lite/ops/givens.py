@@ -1,12 +1,10 @@
-"""Rotations of disjoint pairs of coordinates."""
+"""Linear maps that mix coordinates in disjoint pairs: Givens rotations, and any 2×2 blocks."""
 
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
-
-Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def random_pairs(d: int, n: int, slots: int, generator: torch.Generator) -> Int64[Tensor, "S 2"]:
@@ -16,34 +14,37 @@ def random_pairs(d: int, n: int, slots: int, generator: torch.Generator) -> Int6
     return pairs
 
 
-def givens_tables(
-    pairs: Int64[Tensor, "S 2"],
-    active: Bool[Tensor, " S"],
-    cos: Float[Tensor, " S"],
-    sin: Float[Tensor, " S"],
-    d: int,
+def rotations(phi: Float[Tensor, " S"]) -> Float[Tensor, "S 2 2"]:
+    """The blocks (x_i, x_j) → (cos φ x_i + sin φ x_j, −sin φ x_i + cos φ x_j)."""
+    c, s = phi.cos(), phi.sin()
+    return torch.stack([c, s, -s, c], dim=-1).unflatten(-1, (2, 2))
+
+
+def pair_tables(
+    pairs: Int64[Tensor, "S 2"], blocks: Float[Tensor, "S 2 2"], rest: float, d: int
 ) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
-    """(c, s, p) with (R x)_i = c_i x_i + s_i x_{p_i}: for an active pair (i, j)
-    R takes (x_i, x_j) to (cos x_i + sin x_j, −sin x_i + cos x_j); other indices stay."""
-    i, j = torch.where(active[:, None], pairs, d).unbind(1)
-    ij = torch.cat([i, j])
-    c = cos.new_ones(d + 1).scatter(0, ij, torch.cat([cos, cos]))
-    s = sin.new_zeros(d + 1).scatter(0, ij, torch.cat([sin, -sin]))
-    p = torch.arange(d + 1, device=pairs.device).scatter(0, ij, torch.cat([j, i]))
+    """(c, s, p) with (T x)_i = c_i x_i + s_i x_{p_i}, for T the blocks on their pairs (i, j) and
+    `rest` times the identity elsewhere. The pairs are disjoint; −1 is no coordinate."""
+    # What concerns no coordinate goes to an entry d that is cut off.
+    i = (pairs % (d + 1)).flatten()
+    ij = torch.where((pairs >= 0).all(1, keepdim=True), pairs, d)
+    c = blocks.new_full((d + 1,), rest).scatter(0, i, blocks.diagonal(0, 1, 2).flatten())
+    s = blocks.new_zeros(d + 1).scatter(0, ij.flatten(), blocks.flip(2).diagonal(0, 1, 2).flatten())
+    p = torch.arange(d + 1, device=pairs.device).scatter(0, ij.flatten(), ij.flip(1).flatten())
     return c[:d], s[:d], p[:d]
 
 
-def rotate(
+def apply_pairs(
     x: Float[Tensor, "*batch d"],
     c: Float[Tensor, " d"],
     s: Float[Tensor, " d"],
     p: Int64[Tensor, " d"],
 ) -> Float[Tensor, "*batch d"]:
-    """R x by the tables of `givens_tables`; −s rotates back. Saves x alone for backward."""
-    return _Rotate.apply(x, c, s, p)
+    """T x by its tables. Keeps x alone for backward."""
+    return _ApplyPairs.apply(x, c, s, p)
 
 
-class _Rotate(torch.autograd.Function):
+class _ApplyPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Tensor:
         ctx.save_for_backward(x, c, s, p)
@@ -52,13 +53,14 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, c, s, p = ctx.saved_tensors
-        # p is its own inverse, and s_{p_i} = −s_i.
-        dx = c * g - s * g[..., p] if ctx.needs_input_grad[0] else None
-        tokens = tuple(range(x.dim() - 1))
-        dc = (g * x).sum(tokens, dtype=_wide(c)).to(c.dtype)
-        ds = (g * x[..., p]).sum(tokens, dtype=_wide(s)).to(s.dtype)
+        # p is its own inverse.
+        dx = c * g + (s * g)[..., p] if ctx.needs_input_grad[0] else None
+        dc = _over_tokens(g * x, c) if ctx.needs_input_grad[1] else None
+        ds = _over_tokens(g * x[..., p], s) if ctx.needs_input_grad[2] else None
         return dx, dc, ds, None
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+def _over_tokens(products: Tensor, like: Tensor) -> Tensor:
+    """Their sum over all tokens, in float32 or wider, in the dtype of `like`."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return products.reshape(-1, len(like)).sum(0, dtype=wide).to(like.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 from lora_lite.base import LinearBase
 
 RECHECKED_ROWS = 16
+CANCELLED = 1e-3
 
 
 @torch.no_grad()
@@ -20,11 +21,11 @@ def low_rank_row_norms(
 
     ‖w_i + b_i A‖² = ‖w_i‖² + 2 b_i·(A w_i) + b_i (A Aᵀ) b_iᵀ costs r rows through the frozen layer
     and no d_out × d_in temporary. Where B A cancels nearly all of a row the expansion loses its
-    digits, so the 16 rows that shrank most are summed directly: a fixed number, so that no
-    decision waits for the device.
+    digits, so of the 16 rows that shrank most those below a thousandth of their energy are summed
+    directly: a fixed number of rows, so that no decision waits for the device.
     """
     WAt = W.linear(A).T.to(A.dtype)
     n_sq = w_sq + 2 * (WAt * B).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
-    rows = (n_sq / w_sq).topk(min(RECHECKED_ROWS, len(n_sq)), largest=False).indices
+    left, rows = (n_sq / w_sq).topk(min(RECHECKED_ROWS, len(n_sq)), largest=False)
     direct = (W.weight[rows].to(A.dtype) + B[rows] @ A).square().sum(1)
-    return n_sq.index_copy(0, rows, direct).sqrt()
+    return n_sq.index_copy(0, rows, torch.where(left < CANCELLED, direct, n_sq[rows])).sqrt()

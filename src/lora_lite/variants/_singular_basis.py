@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.variant import ParamSpec, Stats, Variant
+from lora_lite.variant import ParamSpec, Stats, Variant, check_rank
 
 
 class SingularBasis(Variant, abstract=True):
@@ -25,8 +25,7 @@ class SingularBasis(Variant, abstract=True):
     Vh: Float[Tensor, "r d_in"] = ParamSpec(trainable=False)
 
     def check(self, d_in: int, d_out: int) -> None:
-        if self.r > (q := min(d_in, d_out)):
-            raise ValueError(f"has {q} singular values, fewer than r={self.r}; use r ≤ {q}")
+        check_rank(self.r, d_in, d_out)
 
     def statistic(self, x: Float[Tensor, "n d_in"], W: LinearBase) -> Float[Tensor, " q"]:
         p = x @ W.triplets[2].T.to(x.dtype)

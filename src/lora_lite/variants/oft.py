@@ -50,12 +50,14 @@ class OFT(Variant):
         return dict(b=b, n=1 if self.block_share else d_in // b)
 
     def check(self, d_in: int, d_out: int) -> None:
-        if self.n_blocks and (d_in % self.n_blocks or d_in // self.n_blocks < 2):
-            fit = divisors(d_in // 2, 1) if d_in % 2 == 0 else divisors(d_in, 1)
-            raise ValueError(
-                f"has in_features={d_in}, not n_blocks={self.n_blocks} ≥ 2 wide; {fit}"
-            )
-        if d_in % (b := self.block_size or 32) and not self.n_blocks:
+        if self.n_blocks:
+            if d_in % self.n_blocks or d_in // self.n_blocks < 2:
+                fit = [str(n) for n in range(1, d_in // 2 + 1) if d_in % n == 0]
+                raise ValueError(
+                    f"has in_features={d_in}, not n_blocks={self.n_blocks} times 2 or more; "
+                    f"use {', '.join(fit)}"
+                )
+        elif d_in % (b := self.block_size or 32):
             raise ValueError(
                 f"has in_features={d_in}, not a multiple of block_size={b}; use {divisors(d_in)}"
             )

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.variant import ParamSpec, Stats
+from lora_lite.variant import ParamSpec, Stats, check_rank
 from lora_lite.variants.lora import LoRA
 
 
@@ -42,10 +42,7 @@ class PiSSA(LoRA):
             raise ValueError(f"alpha={self.alpha} must be positive: the start divides by it")
 
     def check(self, d_in: int, d_out: int) -> None:
-        if self.r > min(d_in, d_out):
-            raise ValueError(
-                f"has r={self.r} above its {min(d_in, d_out)} singular values; lower r"
-            )
+        check_rank(self.r, d_in, d_out)
 
     def init(
         self, W: LinearBase, generator: torch.Generator, stats: Stats | None

@@ -1,0 +1,1 @@
+"""Benchmarks: what an adapter learns, forgets and costs on real data."""

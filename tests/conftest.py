@@ -1,0 +1,13 @@
+"""The suite runs with the shape checker on: set before lora_lite is first imported."""
+
+import os
+
+os.environ["LORA_LITE_TYPECHECK"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

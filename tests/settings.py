@@ -1,0 +1,41 @@
+"""Settings under which every registered method is held to the laws on small layers."""
+
+import lora_lite as ll
+
+SMALL = {
+    "oft": [dict(block_size=8), dict(n_blocks=2, exact=True), dict(block_size=4, block_share=True)],
+    "antipasto_rot": [
+        dict(r=16),
+        dict(r=8, rotate_basis="both", delta_init_mean=0.0, delta_init_std=0.0),
+        dict(r=8, rotate_basis="U", block_size=2),
+        dict(r=8, rotate_basis="none"),
+    ],
+    "dplr": [dict(r=16), dict(r=8, lora_rank=2, coeff=0.5, suppress_only=True)],
+    "lora": [{}, dict(r=4, alpha=4.0)],
+    "pissa": [{}, dict(r=4, svd="randomised")],
+    "jora": [
+        {},
+        dict(core="block", rotation_param="angle", magnitude="ecd_tanh"),
+        dict(core="lowrank", magnitude="none", single_sided="left", max_angle=0.5),
+        dict(zero_init_core=False, magnitude_on="delta", single_sided="right"),
+        dict(S_L=0, S_R=0),
+        dict(clip="tanh", magnitude="none"),
+    ],
+}
+SQUARE = {
+    "jora": [
+        dict(core="selective", magnitude="none", theta_init_std=0.0, k=4),
+        dict(core="coupled", magnitude="none", k=4),
+    ]
+}
+
+RECTANGULAR = ((24, 40), (40, 24))
+
+
+def cases():
+    """(name, hyperparameters, layer sizes) for every registered method."""
+    for name in ll.variants():
+        for hyperparameters in SMALL.get(name, [{}]):
+            yield name, hyperparameters, RECTANGULAR
+        for hyperparameters in SQUARE.get(name, []):
+            yield name, hyperparameters, ((24, 24), (24, 24))
