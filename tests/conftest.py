@@ -5,6 +5,7 @@ import os
 os.environ["LORA_LITE_TYPECHECK"] = "1"
 
 import pytest
+import settings  # noqa: F401
 import torch
 
 

@@ -23,10 +23,9 @@ def test_all_linear_leaves_heads_alone():
 
 
 def test_all_linear_leaves_weights_shared_with_an_embedding_alone():
-    model = nn.ModuleDict(
-        {"embed": nn.Embedding(7, 8), "out": nn.Linear(8, 7), "mid": nn.Linear(8, 8)}
-    )
-    layers["out"].weight = layers["embed"].weight
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 8)})
+    model.update({"out": nn.Linear(8, 7), "mid": nn.Linear(8, 8)})
+    model["out"].weight = model["embed"].weight
     assert sites(model) == ["mid"]
     assert sites(model, targets=["out"]) == ["out"]
 

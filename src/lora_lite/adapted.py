@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Adapter(nn.Module):
         x = x.to(dtype)
         if type(variant).prepare is not Variant.prepare:
             wide = torch.promote_types(dtype, torch.float32)
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 tensors_in = variant.prepare(W, **cast(tensors, wide))
         else:
             tensors_in = tensors
@@ -183,10 +184,20 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
 
+def autocasting(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; "meta" has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[None]:
+    """A context in which autocast is off."""
+    return torch.autocast(kind, enabled=False) if autocasting(kind) else nullcontext()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a layer computes on x: x's own, or autocast's."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if autocasting(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -225,3 +236,10 @@ WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 def clean(name: str) -> str:
     """A module's name without the parts that compile, DDP, checkpointing and FSDP wrap it in."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside such wrappers."""
+    while len(model._modules) == 1 and (wrapper := next(iter(model._modules))) in WRAPPERS:
+        model = model._modules[wrapper]
+    return model

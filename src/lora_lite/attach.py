@@ -16,10 +16,12 @@ from lora_lite.adapted import (
     Adapter,
     Attachment,
     adapters,
+    bare,
     clean,
     put,
     register,
     remove,
+    without_autocast,
 )
 from lora_lite.base import Base, base_kind
 from lora_lite.calibration import Batches, calibrate
@@ -160,7 +162,7 @@ def plan(
         with _blame(local, path):
             local.check(W.d_in, W.d_out)
             sites.append(Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out)))
-    if hasattr(model, ATTACHMENTS) and name in getattr(model, ATTACHMENTS):
+    if name in getattr(bare(model), ATTACHMENTS, ()):
         raise ValueError(f"the model has an adapter {name!r} already; choose another `name`")
     base = sum(p.numel() for p in base_parameters(model).values())
     return Plan(name, configured, tuple(sites), dtype, base)
@@ -243,7 +245,7 @@ def fresh_tensors(
         for key, shape in site.shapes.items()
         if variant.specs[key].init is not None
     }
-    with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(W.device.type):
         tensors |= variant.init(W, generator, stats)
     for key, shape in site.shapes.items():
         if key not in tensors or tuple(tensors[key].shape) != shape:
@@ -275,9 +277,10 @@ def install(model: nn.Module, chart: Plan, attachment: Attachment, made: list[Ad
         parameter.requires_grad_(False)
     for site, adapter in zip(chart.sites, made):
         put(site.layer, chart.name, adapter)
-    if not hasattr(model, ATTACHMENTS):
-        model.add_module(ATTACHMENTS, nn.ModuleDict())
-    getattr(model, ATTACHMENTS)[chart.name] = attachment.train(model.training)
+    root = bare(model)
+    if not hasattr(root, ATTACHMENTS):
+        root.add_module(ATTACHMENTS, nn.ModuleDict())
+    getattr(root, ATTACHMENTS)[chart.name] = attachment.train(root.training)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapted import Adapted, adapted_layers, adapters
+from lora_lite.adapted import Adapted, adapted_layers, adapters, without_autocast
 from lora_lite.attach import detach
 from lora_lite.base import DenseBase
 
@@ -117,7 +117,7 @@ def merged_weight(name: str, layer: Adapted) -> tuple[Tensor, Tensor | None]:
                 run_one = lambda h, a=adapter, w=link: a.forward(h, w)
         return run_one(x)
 
-    with torch.autocast(W.dense.device.type, enabled=False):
+    with without_autocast(W.dense.device.type):
         origin = run(W.dense.new_zeros(1, W.d_in))
         rows = []
         for start in range(0, W.d_in, CHUNK):

@@ -60,7 +60,9 @@ def trained(model: nn.Linear) -> dict[str, Tensor]:
     return {key: t for key, t in tensors(model).items() if t.requires_grad}
 
 
-def inputs(d_in: int, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = (2, 3)) -> Tensor:
+def inputs(
+    d_in: int, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = (2, 3)
+) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(*batch, d_in, generator=generator, dtype=torch.float64).to(dtype)
 

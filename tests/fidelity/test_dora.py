@@ -28,7 +28,7 @@ import lora_lite as ll
 def dense(s, detach=True):
     """Eq. 5, the norm of each output row held constant as §4.3 has it."""
 
-    def W_new(W, A, B, m, w_sq):
+    def W_new(W, A, B, m, m0):
         V = W + s * B @ A
         norm = V.norm(dim=1, keepdim=True)
         return m[:, None] * V / (norm.detach() if detach else norm)

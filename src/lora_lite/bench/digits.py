@@ -1,29 +1,27 @@
-"""The task `digits`: from upright handwritten digits to turned ones.
+"""The task `digits`: from upright handwritten digits to digits turned by 90°.
 
-Data: the 1797 handwritten digits (8×8 pixels, scaled to [0, 1]) that scikit-learn ships, from the
-test set of Alpaydin & Kaynak 1998, "Optical Recognition of Handwritten Digits" (UCI), CC BY 4.0.
+Data: the 1797 handwritten digits (8×8 pixels, scaled to [0, 1]) that scikit-learn ships: the test
+part of "Optical Recognition of Handwritten Digits", Alpaydin & Kaynak 1998, UCI, CC BY 4.0.
 Split: one permutation (torch generator, seed 0) cut into 897 training, 300 validation and 600 test
-images. The source domain is the images as they are, the target domain the same images turned by
-`ANGLE_DEG` counter-clockwise about the centre (bilinear, zeros outside), with the same split: no
-test image is ever seen in training, in either domain.
+images. The source domain is the images as they are; the target domain is the same images turned a
+quarter counter-clockwise, in the same split: no test image is seen in training in either domain. A
+quarter turn moves pixels and blurs none, and makes no two digits alike (a half turn would, 6 and
+9): what the base lacks there is geometry, not information.
 Base: `ViT()` pretrained on the source training images by `python -m lora_lite.bench.pretrain`.
-Adapting sees the target training images only.
+Adapting sees the target training images and nothing of the source.
 """
 
-import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_lite.bench.vit import ViT
 
-ANGLE_DEG = 75.0
 SPLITS = {"train": 897, "validation": 300, "test": 600}
 BASE_PATH = Path(__file__).with_name("digits_vit.safetensors")
 
@@ -34,6 +32,9 @@ class Split(NamedTuple):
     images: Float[Tensor, "n 8 8"]
     labels: Int64[Tensor, " n"]
     rows: Int64[Tensor, " n"]
+
+    def to(self, device: str) -> "Split":
+        return Split(*(t.to(device) for t in self))
 
 
 @cache
@@ -51,17 +52,9 @@ def source(split: str) -> Split:
 
 @cache
 def target(split: str) -> Split:
-    """The same digits turned by `ANGLE_DEG`."""
+    """The same digits, each turned a quarter counter-clockwise."""
     upright = source(split)
-    return upright._replace(images=rotate(upright.images, ANGLE_DEG))
-
-
-def rotate(images: Float[Tensor, "n 8 8"], angle_deg: float) -> Float[Tensor, "n 8 8"]:
-    """Turned counter-clockwise about the centre, bilinear, zeros outside."""
-    c, s = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
-    turn = torch.tensor([[c, -s, 0.0], [s, c, 0.0]]).expand(len(images), 2, 3)
-    grid = F.affine_grid(turn, (len(images), 1, 8, 8), align_corners=False)
-    return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
+    return upright._replace(images=upright.images.rot90(1, (1, 2)))
 
 
 def base_model() -> ViT:
@@ -72,9 +65,10 @@ def base_model() -> ViT:
 
 
 @torch.no_grad()
-def accuracy_pct(model: torch.nn.Module, split: Split) -> float:
-    """Percentage of the split's digits that the model names, in evaluation mode."""
+def score(model: torch.nn.Module, split: Split) -> tuple[float, float]:
+    """Accuracy in percent and mean cross-entropy on a split, in evaluation mode."""
     was_training = model.training
-    predicted = model.eval()(split.images).argmax(1)
+    logits = model.eval()(split.images)
     model.train(was_training)
-    return 100 * (predicted == split.labels).double().mean().item()
+    accuracy = (logits.argmax(1) == split.labels).double().mean().item()
+    return 100 * accuracy, torch.nn.functional.cross_entropy(logits, split.labels).item()

@@ -40,15 +40,19 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 2×2, learned positions, mean pooling, a linear head: 0.2 M weights by default."""
+    """Patches of 2×2, learned positions, mean pooling, a linear head: 226,858 weights by default.
+
+    Two wide blocks rather than four narrow ones: as many weights, half of the calls.
+    """
 
     def __init__(
-        self, d: int = 64, depth: int = 4, d_mlp: int = 256, heads: int = 4, classes: int = 10
+        self, d: int = 96, depth: int = 2, d_mlp: int = 384, heads: int = 4, classes: int = 10
     ) -> None:
         super().__init__()
         # A convolution, so that "all-linear" is the blocks' projections and nothing else.
         self.patches = nn.Conv2d(1, d, 2, stride=2)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, d))
+        # The usual 0.02 drowns beside the patches, and pretraining then ends 4 points lower.
+        self.positions = nn.Parameter(0.5 * torch.randn(16, d))
         self.blocks = nn.ModuleList(Block(d, d_mlp, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, classes)

@@ -15,17 +15,23 @@ def low_rank_row_norms(
     W: LinearBase,
     B: Float[Tensor, "d_out r"],
     A: Float[Tensor, "r d_in"],
-    w_sq: Float[Tensor, " d_out"],
+    norms: Float[Tensor, " d_out"],
 ) -> Float[Tensor, " d_out"]:
-    """‖(W + B A)_i‖₂ of each row, a constant to autograd.
+    """‖(W + B A)_i‖₂ of each row, a constant to autograd; `norms` are W's own.
 
     ‖w_i + b_i A‖² = ‖w_i‖² + 2 b_i·(A w_i) + b_i (A Aᵀ) b_iᵀ costs r rows through the frozen layer
     and no d_out × d_in temporary. Where B A cancels nearly all of a row the expansion loses its
-    digits, so of the 16 rows that shrank most those below a thousandth of their energy are summed
-    directly: a fixed number of rows, so that no decision waits for the device.
+    digits, so the 16 rows that shrank most are summed directly: a fixed number, so that no
+    decision waits for the device. Rows with a zero b_i keep their norm bit for bit.
     """
+    eps = torch.finfo(norms.dtype).eps
+    w_sq = norms.square()
     WAt = W.linear(A).T.to(A.dtype)
     n_sq = w_sq + 2 * (WAt * B).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
-    left, rows = (n_sq / w_sq).topk(min(RECHECKED_ROWS, len(n_sq)), largest=False)
-    direct = (W.weight[rows].to(A.dtype) + B[rows] @ A).square().sum(1)
-    return n_sq.index_copy(0, rows, torch.where(left < CANCELLED, direct, n_sq[rows])).sqrt()
+    rows = (n_sq / w_sq).topk(min(RECHECKED_ROWS, len(n_sq)), largest=False).indices
+    update = B[rows] @ A
+    direct = (W.weight[rows].to(A.dtype) + update).square().sum(1)
+    direct = torch.where(update.any(1), direct, w_sq[rows])
+    # Below these floors either sum is rounding alone, and the expansion may be negative.
+    n_sq = n_sq.clamp(min=eps * w_sq).index_copy(0, rows, direct.clamp(min=eps**2 * w_sq[rows]))
+    return n_sq.sqrt()

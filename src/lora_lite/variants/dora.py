@@ -18,14 +18,14 @@ class DoRA(LoRA):
     Liu et al. 2024, arXiv:2402.09353, §4.1 eq. 5; the norm held constant in backward, §4.3 eq. 11.
 
     Start: the identity bit for bit: B = 0 and m = ‖W‖, so g − 1 = 0.
-    Shapes: A (r, d_in), B (d_out, r), m (d_out,); r·(d_in + d_out) + d_out parameters.
+    Shapes: A (r, d_in), B (d_out, r), m (d_out,); r·(d_in + d_out) + d_out parameters. m0 = ‖W‖.
     Differs: 1. one magnitude per output row, as the authors' code and PEFT have it, where the
     paper's "column" read literally is an input. 2. Dropout acts on the low-rank branch alone,
     sparing a second product with W. 3. The bias is not scaled.
     """
 
     m: Float[Tensor, "d_out"] = ParamSpec()
-    w_sq: Float[Tensor, "d_out"] = ParamSpec(trainable=False, saved=False)
+    m0: Float[Tensor, "d_out"] = ParamSpec(trainable=False, saved=False)
 
     def init(
         self, W: LinearBase, generator: torch.Generator, stats: Stats | None
@@ -34,12 +34,12 @@ class DoRA(LoRA):
         if not norms.all():
             row = int((norms == 0).nonzero()[0])
             raise ValueError(f"has a zero row ({row}) and no direction for it; exclude the layer")
-        return dict(m=norms, w_sq=norms.square())
+        return dict(m=norms, m0=norms)
 
     def prepare(
-        self, W: LinearBase, A: Tensor, B: Tensor, m: Tensor, w_sq: Tensor
+        self, W: LinearBase, A: Tensor, B: Tensor, m: Tensor, m0: Tensor
     ) -> dict[str, Tensor]:
-        norms = low_rank_row_norms(W, self.s * B, A, w_sq)
+        norms = low_rank_row_norms(W, self.s * B, A, m0)
         return dict(A=A, B=B, g_1=m / norms - 1)
 
     def forward(

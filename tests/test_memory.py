@@ -1,0 +1,49 @@
+"""What a training step keeps for backward: counted, per method."""
+
+import pytest
+import torch
+from settings import BUILT_IN
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.testing import move
+
+T, D_IN, D_OUT = 256, 96, 160
+
+# Numbers per token that autograd keeps beyond the frozen layer, which keeps none: what the
+# method's own gradients need. x itself (96) is counted where it is kept.
+KEPT = {
+    "lora": (dict(r=8), D_IN + 8),
+    "rslora": (dict(r=8), D_IN + 8),
+    "pissa": (dict(r=8), D_IN + 16),
+    "dora": (dict(r=8), D_IN + 8 + D_OUT),
+    "oft": (dict(block_size=32), D_IN),
+    "antipasto_rot": (dict(r=32), 32),
+    "dplr": (dict(r=32, lora_rank=4), 32 + 4),
+    "jora": (dict(magnitude="none"), D_IN + D_IN + D_OUT),
+}
+
+
+def test_every_method_has_its_count():
+    assert set(KEPT) == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("variant", KEPT)
+def test_numbers_kept_per_token_in_bfloat16(variant):
+    hyperparameters, numbers = KEPT[variant]
+    layer = nn.Linear(D_IN, D_OUT, dtype=torch.bfloat16)
+    ll.attach(layer, variant, **hyperparameters)
+    move(layer)
+    x = torch.randn(T, D_IN, dtype=torch.bfloat16)
+    kept = {}
+
+    def note(t):
+        if T in t.shape or t.numel() >= T * 4:
+            if t.shape[0] == T or T in t.shape:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = layer(x)
+    assert y.requires_grad
+    assert sum(kept.values()) <= 2 * T * numbers, f"{sum(kept.values()) / 2 / T} per token"
