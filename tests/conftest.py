@@ -12,3 +12,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# One thread a worker: pytest-xdist already uses every core.
+torch.set_num_threads(1)

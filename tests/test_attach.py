@@ -116,7 +116,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments, error, message", REFUSED, ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize("arguments, error, message", REFUSED, ids=[row[-1] for row in REFUSED])
 def test_a_refusal_names_the_fault_and_changes_nothing(arguments, error, message):
     model = MLP()
     before = snapshot(model)
@@ -137,7 +137,7 @@ def test_a_weight_that_is_not_finite_is_refused_after_other_layers_were_ready(va
         ll.attach(model, variant, **r)
     for key, tensor in before["tensors"].items():
         torch.testing.assert_close(model.state_dict()[key], tensor, rtol=0, atol=0, equal_nan=True)
-    assert type(model.block["up"]) is nn.Linear and not hasattr(model, "lora_lite")
+    assert type(model.block["up"]) is nn.Linear and not hasattr(model.block["up"], "adapters")
 
 
 def test_dora_refuses_a_row_without_direction():
@@ -210,6 +210,14 @@ def test_what_was_attached_inside_is_detached_from_outside():
     ll.attach(model, "lora", name="outer", targets=["head"])
     ll.detach(model)
     unchanged(model, before)
+
+
+def test_detaching_a_part_thaws_that_part():
+    model = MLP()
+    ll.attach(model, "lora")
+    ll.detach(model.block)
+    assert all(p.requires_grad for p in model.block.parameters())
+    assert not any(p.requires_grad for p in model.norm.parameters())
 
 
 def test_seeds_make_a_layer_start_alike_whatever_else_is_adapted():

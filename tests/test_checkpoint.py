@@ -146,6 +146,11 @@ def test_shared_tensors_are_one_and_stored_once(tmp_path):
     assert list(other.state_dict()) == list(fresh().state_dict())
 
 
+def test_a_bare_container_has_no_place_for_shared_tensors():
+    with pytest.raises(ValueError, match="a bare Sequential would take them for a layer"):
+        ll.attach(torch.nn.Sequential(torch.nn.Linear(24, 4)), Shared)
+
+
 def test_another_base_is_refused_unless_forced(tmp_path):
     path = tmp_path / "a.safetensors"
     saved(path)
@@ -255,7 +260,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault, error, message", FAULTS, ids=lambda v: str(v)[:50])
+@pytest.mark.parametrize("fault, error, message", FAULTS, ids=[row[-1] for row in FAULTS])
 def test_a_faulty_file_is_refused_and_changes_nothing(tmp_path, fault, error, message):
     path = tmp_path / "a.safetensors"
     saved(path)

@@ -66,7 +66,7 @@ def test_steps_are_the_optimizers_and_survive_a_file(tmp_path):
     assert model.block["up"].adapters.default.seen.tolist() == [3, 7]
     handle.remove()
     optimizer.step()
-    assert model.lora_lite["default"].step == 3
+    assert model.block["up"].adapters.default.attachment.step == 3
     ll.save(model, tmp_path / "a.safetensors")
     ll.detach(model)
     ll.load(model, tmp_path / "a.safetensors")

@@ -95,7 +95,8 @@ def test_a_copy_of_an_adapted_llama_is_its_own():
     twin = copy.deepcopy(model)
     ll.detach(model)
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
-    assert hasattr(twin, "lora_lite") and not hasattr(model, "lora_lite")
+    layers = twin.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.up_proj
+    assert [hasattr(layer, "adapters") for layer in layers] == [True, False]
 
 
 def test_seven_billion_parameters_are_planned_on_the_meta_device():

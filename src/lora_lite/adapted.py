@@ -13,47 +13,42 @@ from lora_lite.base import Base, base_kind
 from lora_lite.variant import Variant
 
 
-class Attachment(nn.Module):
-    """What one attach put on a model, beside the layers' own adapters: a child of the model.
+class Attachment:
+    """What the adapters of one attach have in common.
 
-    tensors: those shared by all sites. step, total: optimizer steps taken and planned.
-    was_trainable: names of the parameters that this attach froze.
+    shared: the tensors that all its sites share. step, total: optimizer steps taken and planned.
+    was_trainable: names, in the model that was adapted, of the parameters that it froze.
     """
 
-    def __init__(self, name: str, seed: int, sites: tuple[str, ...]) -> None:
-        super().__init__()
-        self.name, self.seed, self.sites = name, seed, sites
-        self.step, self.total = 0, None
+    def __init__(self, name: str, seed: int) -> None:
+        self.name, self.seed = name, seed
+        self.step: int = 0
+        self.total: int | None = None
+        self.shared = nn.Module()
         self.was_trainable: tuple[str, ...] = ()
-
-    def extra_repr(self) -> str:
-        return f"{self.name!r}, {len(self.sites)} sites, seed={self.seed}"
 
 
 class Adapter(nn.Module):
-    """One method at one layer: its tensors, and whether and how strongly it acts."""
+    """One method at one layer: its tensors, and whether and how strongly it acts.
+
+    site: the layer's name in the model that was adapted. fingerprint: of the layer's weights.
+    """
 
     def __init__(
-        self, variant: Variant, attachment: Attachment, tensors: dict[str, Tensor]
+        self, site: str, variant: Variant, attachment: Attachment, tensors: dict[str, Tensor]
     ) -> None:
         super().__init__()
-        self.variant = variant
+        self.site, self.variant, self.attachment = site, variant, attachment
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
-        # In a tuple, so that the shared module stays a child of the model alone.
-        self._attachment = (attachment,)
         for key, tensor in tensors.items():
             if not variant.specs[key].shared:
                 register(self, variant, key, tensor)
 
-    @property
-    def attachment(self) -> Attachment:
-        return self._attachment[0]
-
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the method at this layer, shared ones included, by their names."""
         return {
-            key: getattr(self.attachment if self.variant.specs[key].shared else self, key)
+            key: getattr(self.attachment.shared if self.variant.specs[key].shared else self, key)
             for key in self.variant.tensor_names()
         }
 
@@ -209,21 +204,23 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield clean(name), module
 
 
-def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, Adapter]]:
-    """(layer name, layer, adapter) of one adapter by name, or of all.
-
-    Raises: ValueError where the model has none, or none of that name.
-    """
-    found = [
+def all_adapters(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+    """(layer name, layer, adapter) of every adapter on the model."""
+    return [
         (path, layer, adapter)
         for path, layer in adapted_layers(model)
-        for key, adapter in layer.adapters.items()
-        if name in (None, key)
+        for adapter in layer.adapters.values()
     ]
+
+
+def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, Adapter]]:
+    """Those of one name, or all. Raises: ValueError where the model has none of them."""
+    every = all_adapters(model)
+    found = [entry for entry in every if name in (None, entry[2].attachment.name)]
     if not found:
-        have = sorted({key for _, layer in adapted_layers(model) for key in layer.adapters})
+        have = ", ".join(sorted({repr(adapter.attachment.name) for _, _, adapter in every}))
         raise ValueError(
-            f"the model has no adapter {name!r}; it has {', '.join(map(repr, have))}"
+            f"the model has no adapter {name!r}; it has {have}"
             if have
             else "the model has no adapters; attach one first"
         )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapted import (
-    Adapted,
     Adapter,
     Attachment,
     adapters,
+    all_adapters,
     bare,
     clean,
     put,
@@ -28,7 +28,7 @@ from lora_lite.calibration import Batches, calibrate
 from lora_lite.targets import Targets, find_sites, overridden
 from lora_lite.variant import Stats, Variant, configure
 
-ATTACHMENTS = "lora_lite"
+SHARED = "lora_lite"
 
 
 @dataclass(frozen=True)
@@ -149,21 +149,26 @@ def plan(
         raise ValueError(f"dtype={dtype} must be a floating-point type")
     if calibration is not None and configured.statistic is None:
         raise ValueError(f"{configured.name} takes no calibration; leave `calibration` out")
+    for path, _, adapter in all_adapters(model):
+        if adapter.attachment.name == name:
+            raise ValueError(
+                f"{path} has an adapter {name!r} already; detach it or choose another `name`"
+            )
     layers = find_sites(model, configured.site, targets, exclude)
     changes = overridden(overrides or {}, layers)
     sites = []
     for path, layer in layers.items():
-        if isinstance(layer, Adapted) and name in layer.adapters:
-            raise ValueError(
-                f"{path} has an adapter {name!r} already; detach it or choose another `name`"
-            )
         W = base_kind(layer, configured.site)(layer)
         local = configure(configured, **changes[path])
         with _blame(local, path):
             local.check(W.d_in, W.d_out)
             sites.append(Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out)))
-    if name in getattr(bare(model), ATTACHMENTS, ()):
-        raise ValueError(f"the model has an adapter {name!r} already; choose another `name`")
+    container = isinstance(root := bare(model), nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    if container and any(spec.shared for spec in configured.specs.values()):
+        raise ValueError(
+            f"{configured.name} shares tensors among layers, and a bare {type(root).__name__} "
+            "would take them for a layer of its own; wrap it in a module with a forward"
+        )
     base = sum(p.numel() for p in base_parameters(model).values())
     return Plan(name, configured, tuple(sites), dtype, base)
 
@@ -215,7 +220,7 @@ def attach(
         site.name: base_kind(site.layer, site.variant.site)(site.layer) for site in chart.sites
     }
     stats = {} if calibration is None else calibrate(model, chart.sites, bases, calibration)
-    attachment = Attachment(name, seed, tuple(site.name for site in chart.sites))
+    attachment = Attachment(name, seed)
     made = []
     for site in chart.sites:
         with _blame(site.variant, site.name):
@@ -262,9 +267,9 @@ def make_adapter(
 ) -> Adapter:
     """A site's adapter, away from the model; tensors shared by all sites go to the attachment."""
     for key, tensor in tensors.items():
-        if site.variant.specs[key].shared and not hasattr(attachment, key):
-            register(attachment, site.variant, key, tensor)
-    adapter = Adapter(site.variant, attachment, tensors)
+        if site.variant.specs[key].shared and not hasattr(attachment.shared, key):
+            register(attachment.shared, site.variant, key, tensor)
+    adapter = Adapter(site.name, site.variant, attachment, tensors)
     adapter.fingerprint = fingerprint(W)
     return adapter.train(site.layer.training)
 
@@ -277,10 +282,11 @@ def install(model: nn.Module, chart: Plan, attachment: Attachment, made: list[Ad
         parameter.requires_grad_(False)
     for site, adapter in zip(chart.sites, made):
         put(site.layer, chart.name, adapter)
-    root = bare(model)
-    if not hasattr(root, ATTACHMENTS):
-        root.add_module(ATTACHMENTS, nn.ModuleDict())
-    getattr(root, ATTACHMENTS)[chart.name] = attachment.train(root.training)
+    if attachment.shared.state_dict():
+        root = bare(model)
+        if not hasattr(root, SHARED):
+            root.add_module(SHARED, nn.ModuleDict())
+        getattr(root, SHARED)[chart.name] = attachment.shared
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -288,25 +294,27 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     Raises: ValueError where there is none.
     """
-    for _, layer, adapter in adapters(model, name):
+    found = adapters(model, name)
+    for _, layer, adapter in found:
         remove(layer, adapter.attachment.name)
     for module in list(model.modules()):
-        held = module._modules.get(ATTACHMENTS)
-        if not isinstance(held, nn.ModuleDict):
-            continue
-        going = [key for key in held if name in (None, key)]
-        thawed = [key for attachment in going for key in held[attachment].was_trainable]
-        for key in going:
-            del held[key]
-        if held:
+        if isinstance(held := module._modules.get(SHARED), nn.ModuleDict):
+            for key in [key for key in held if name in (None, key)]:
+                del held[key]
+            if not held:
+                del module._modules[SHARED]
+    left = _unique(all_adapters(model))
+    parameters = base_parameters(model)
+    for attachment, path, site in _unique(found):
+        for frozen in attachment.was_trainable:
+            here = _renamed(frozen, site, path)
             # What was trainable before the first adapter is so again after the last.
-            first = next(iter(held.values()))
-            first.was_trainable = (*first.was_trainable, *thawed)
-        else:
-            del module._modules[ATTACHMENTS]
-            parameters = base_parameters(module)
-            for key in thawed:
-                parameters[key].requires_grad_(True)
+            heirs = [(a, own) for a, p, s in left if (own := _renamed(here, p, s)) is not None]
+            if heirs:
+                heir, own = heirs[0]
+                heir.was_trainable = (*heir.was_trainable, own)
+            elif here in parameters:
+                parameters[here].requires_grad_(True)
 
 
 def enable(model: nn.Module, name: str | None = None, on: bool = True) -> None:
@@ -363,8 +371,8 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     own = {
         id(p)
         for module in model.modules()
-        if isinstance(module, Adapter | Attachment)
-        for p in module.parameters()
+        if isinstance(module, Adapter)
+        for p in module.tensors().values()
     }
     return {clean(name): p for name, p in model.named_parameters() if id(p) not in own}
 
@@ -385,6 +393,26 @@ def fingerprint(W: Base) -> str | None:
     digest = hashlib.sha256(f"{W.d_out}x{W.d_in}:".encode())
     digest.update(rows.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _unique(
+    found: list[tuple[str, nn.Module, Adapter]],
+) -> list[tuple[Attachment, str, str]]:
+    """Each attachment once, with a layer's name here and in the model that was adapted."""
+    return list({id(a.attachment): (a.attachment, path, a.site) for path, _, a in found}.values())
+
+
+def _renamed(name: str | None, there: str, here: str) -> str | None:
+    """A parameter's name in a model where the layer called `there` is called `here`; None where
+    it lies outside."""
+    there, here = f".{there}".rstrip("."), f".{here}".rstrip(".")
+    if name is None:
+        return None
+    if here.endswith(there):
+        return f"{here.removesuffix(there)}.{name}".lstrip(".")
+    prefix = there.removesuffix(here)
+    inside = f".{name}".startswith(f"{prefix}.")
+    return f".{name}".removeprefix(f"{prefix}.") if inside else None
 
 
 @contextmanager

@@ -254,7 +254,7 @@ def _adapters(
     force: bool,
 ) -> list[Adapter]:
     """The file's adapters, away from the model; tensors that it leaves out are made again."""
-    attachment = Attachment(name, header["seed"], tuple(site.name for site in sites))
+    attachment = Attachment(name, header["seed"])
     attachment.step, attachment.total = header["step"], header["total"]
     made = []
     for site in sites:

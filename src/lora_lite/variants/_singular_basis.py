@@ -14,7 +14,10 @@ class SingularBasis(Variant, abstract=True):
     """r frozen singular triplets of W: the leading ones, or with calibration those that carry
     the most output, score_i = S_i · pool_t(x_t · v_i).
 
-    Clark 2026, arXiv:2601.07473, §3; W itself stays as it is.
+    Clark 2026, arXiv:2601.07473, §3.4 eq. 3, App. A.4; W itself stays as it is.
+
+    Differs: the pool is about zero, so that Σ score² is the output's energy (rms), where the paper
+    takes the deviation from the mean; and one score ranks all, where it splits them in thirds.
     """
 
     r: int = 256

@@ -18,8 +18,9 @@ from lora_lite.variants._singular_basis import SingularBasis
 class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
     """Shift singular values, rotate singular vectors: W' = W + U (R_Uᵀ diag(S+δ) R_V − diag(S)) Vᵀ.
 
-    Clark 2026, arXiv:2601.07473, §3 eqs. 4, 6–8. R_U, R_V are block-diagonal Cayley rotations
-    R = (I − X)⁻¹(I + X), X = ½ L tanh(A/L), A = ½(P − Pᵀ), L = 2 tan(θ_max/2).
+    Clark 2026, arXiv:2601.07473, §3.4 eq. 4, App. A.5 eqs. 6–8, at α = 1. R_U, R_V are
+    block-diagonal Cayley rotations R = (I − X)⁻¹(I + X), X = ½ L tanh(A/L), A = ½(P − Pᵀ),
+    L = 2 tan(θ_max/2).
 
     Start: δ ~ N(4e-4, (4e-4)²) as published, near the identity; δ = 0 (`delta_init_mean=0,
     delta_init_std=0`) is the identity bit for bit.
@@ -27,6 +28,7 @@ class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
     Differs: 1. the two rotations and the shift act as one small block-diagonal core on r
     coordinates, W intact. 2. The sign of the rotation is the code's, the inverse of eq. 7.
     3. max_rotation_angle bounds each plane's entry, and so the angle itself for block_size=2 only.
+    4. Blocks, and rotations of U ("U", "both"), are the code's; the paper rotates V, undivided.
     """
 
     block_size: int = 4

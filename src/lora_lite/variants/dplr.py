@@ -14,7 +14,7 @@ class DPLR(SingularBasis, aliases=("antipasto_dplr",)):
     """Gains on singular values, LoRA among them: W' = W + U (diag(S ⊙ ELU(c g)) + c B A) Vᵀ.
 
     The core is Hu et al. 2021, arXiv:2106.09685, §4.1 eq. 3, in the r coordinates p = Vᵀ x; the
-    basis is Clark 2026, arXiv:2601.07473, §3.
+    basis is Clark 2026, arXiv:2601.07473, §3.4 eq. 3.
 
     Start: the identity bit for bit: g = 0 and B = 0.
     Shapes: g (r,), A (lora_rank, r), B (r, lora_rank); r + 2·r·lora_rank parameters.

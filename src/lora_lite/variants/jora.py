@@ -37,10 +37,10 @@ class JORA(Variant):
 
     Start: the identity bit for bit with zero_init_core, since C = 0 and g_mag = 0 makes s = 1;
     selective and coupled with theta_init_std = 0.
-    Shapes: theta (S,) a side, S at most d_side//2; d (q,), q = min(d_in, d_out); blocks (q//b, b, b)
-    and rem (q mod b,); A (d_out, r), B (d_in, r); delta (2k,); M (k, 2, 2); g_mag (d_out,).
-    Differs: from its code, 1. k counts the active pairs of both sides, S their slots. 2. g_mag is an
-    offset from the identity at every temperature. 3. The bias is not scaled. 4. max_angle acts.
+    Shapes: theta (S,) a side, S at most d_side//2; d (q,), q = min(d_in, d_out); blocks (q//b, b,
+    b), rem (q mod b,); A (d_out, r), B (d_in, r); delta (2k,); M (k, 2, 2); g_mag (d_out,).
+    Differs: from its code, 1. k counts the active pairs of both sides, S their slots. 2. g_mag is
+    an offset from the identity at every temperature. 3. The bias is not scaled. 4. max_angle acts.
     5. coupled subtracts P_U x. 6. W' is exact for every core, and refused with clip="tanh".
     """
 
@@ -145,6 +145,7 @@ class JORA(Variant):
 
     @property
     def base_lr(self) -> float:
+        """The core's and the magnitude's rate, which makes θ's lr_theta."""
         return self.lr_core or REFERENCE_LR
 
     def starts_as_identity(self) -> bool:

@@ -12,15 +12,15 @@ from lora_lite.variant import ParamSpec, Variant, divisors, zeros
 class OFT(Variant):
     """Rotate the input block by block: y = W (Rᵀ x) + b, W' = W Rᵀ, R = blockdiag(R_1, …, R_n).
 
-    Qiu et al. 2023, arXiv:2306.07280, §3 eq. 3; the input-side form and the Cayley–Neumann series
-    R = I + 2Q + … + 2Q^(t−2) + Q^(t−1): OFTv2, Qiu et al. 2025, arXiv:2506.19847, §3.
+    Qiu et al. 2023, arXiv:2306.07280, §3.2 eq. 2, §3.3 eq. 3; the input-side form and the series
+    R = I + 2Q + … + 2Q^(t−2) + Q^(t−1): OFTv2, Qiu et al. 2025, arXiv:2506.19847, §3.2 eq. 2, §3.3.
 
     Start: the identity bit for bit (Q = 0).
     Shapes: q (n, b(b−1)/2), the strict upper triangle of each Q in row-major order; n = d_in/b,
     or 1 with block_share.
     Differs: 1. `exact` is (I + Q)(I − Q)⁻¹ with the series' sign, where PEFT's exact form is its
-    transpose. 2. COFT's ball has the radius eps as written, and the projection follows the
-    optimizer's step (`ll.step`), not the forward.
+    transpose. 2. COFT's eps bounds ‖Q‖_F (the paper's ε′, not its ε), each block having eps/√n,
+    and the projection follows the optimizer's step (`ll.step`), not the forward.
     """
 
     block_size: int | None = None
@@ -72,7 +72,7 @@ class OFT(Variant):
         return W(block_rows(x, R))
 
     def step(self, tensors: dict[str, Tensor], step: int, total: int | None) -> None:
-        """COFT, eq. 5: ‖Q_i‖_F ≤ eps/√n after every optimizer step."""
+        """COFT, §3.4: ‖Q_i‖_F ≤ eps/√n after every optimizer step."""
         if self.coft:
             q = tensors["q"]
             radius = self.eps / (2 * len(q)) ** 0.5

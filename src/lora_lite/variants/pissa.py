@@ -14,7 +14,7 @@ from lora_lite.variants.lora import LoRA
 class PiSSA(LoRA):
     """LoRA on the principal singular triplets: W' = W + s (B A − B₀ A₀).
 
-    Meng, Wang & Zhang 2024, arXiv:2404.02948, §3 eqs. 2–4. W = U diag(S) Vᵀ;
+    Meng, Wang & Zhang 2024, arXiv:2404.02948, §3 eqs. 2–5, App. C eq. 9. W = U diag(S) Vᵀ;
     A₀ = diag(√(S_:r/s)) V_:rᵀ, B₀ = U_:r diag(√(S_:r/s)); α = r unless given.
 
     Start: the identity bit for bit, the difference being zero.
