@@ -228,15 +228,15 @@ def _find(variant: str) -> type[Variant]:
     path = Path(variant)
     if not path.is_file():
         raise Refusal(f"there is no file {variant}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"variant_file_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, Variant)
-        and value.__module__ == path.stem
+        and value.__module__ == spec.name
         and "name" in vars(value)
     ]
     if len(found) != 1:

@@ -7,7 +7,7 @@ check_variant(MyVariant, r=4)
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Case:
     sizes: tuple[tuple[int, int], ...] = ((24, 40), (40, 24))
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    batch: tuple[int, ...] = field(default=(2, 3))
+    backend: str = "aot_eager"
+    batch: tuple[int, ...] = (2, 3)
 
     def model(self, adapted: bool = True, moved: bool = False) -> Probe:
         """A probe, adapted and its trained tensors moved off their start if asked for."""
@@ -347,7 +348,7 @@ def compiled_equals_eager(case: Case) -> None:
     want, y = gradients(model, model(x)), model(x)
     torch._dynamo.reset()
     with shapes.unchecked():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=case.backend)
         z = compiled(x)
         got = gradients(model, z)
     close(z, y, case.tolerance, "the compiled output")

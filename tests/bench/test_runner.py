@@ -23,7 +23,7 @@ def test_a_row_says_what_was_measured_and_how(row):
     assert [run.seed for run in row.runs] == [0, 1]
     assert [rate.lr for rate in row.sweep] == [0.01, 0.03]
     assert row.trainable_parameters == 2 * (4 * 2 * 192 + 2 * 2 * 480)
-    assert row.lr == max(row.sweep, key=lambda r: (r.target_pct, -r.target_loss)).lr
+    assert row.lr == runner.choose(row.sweep).lr
     for run in row.runs:
         assert run.target_gain_pp == run.target_pct - row.base["target_pct"]
         lost = max(0, row.base["source_pct"] - run.source_pct)
@@ -46,6 +46,26 @@ def test_a_seed_gives_the_same_model_again_and_another_seed_another():
     )
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(*(s["blocks.0.up_proj.adapters.default.B"] for s in (first, other)))
+
+
+def test_the_seed_orders_the_batches_too():
+    data = digits.target("train")
+    one, other = (runner.train(Method(None), SHORT, 0.01, seed, data)[0] for seed in (0, 1))
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_the_best_accuracy_wins_then_the_lowest_loss():
+    better, worse = rows.Rate(0.1, 90.0, 50.0, 0.4), rows.Rate(0.01, 89.0, 60.0, 0.1)
+    tied, diverged = rows.Rate(0.3, 90.0, 50.0, 0.3), rows.Rate(1.0, 90.0, 50.0, None)
+    assert runner.choose([worse, better]) == better
+    assert runner.choose([diverged, better, tied, worse]) == tied
+
+
+def test_a_best_rate_at_the_grids_end_is_marked(monkeypatch):
+    score = iter([(50.0, 1.0), (9.0, 1.0)] * 4)
+    monkeypatch.setattr(digits, "score", lambda model, split: next(score, (9.0, 1.0)))
+    protocol = Protocol(seeds=1, steps=2, rates=(0.01, 0.03, 0.1))
+    assert runner.measure(Method(None), protocol).lr_at_edge
 
 
 def test_only_adapters_train_and_full_fine_tuning_trains_all():
@@ -108,7 +128,10 @@ def test_a_protocol_refuses_what_cannot_run(field, value):
 
 
 def test_peak_memory_counts_what_is_alive_at_once():
+    outside = torch.ones(2**20)
+
     def step():
+        outside.add_(1)
         a = torch.ones(2**18)
         b = a + 1
         del a

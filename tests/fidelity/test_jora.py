@@ -422,6 +422,8 @@ def test_inactive_slots_turn_nothing_and_get_no_gradient():
         assert (tensors[f"pairs_{side}"][~active] == -1).all()
     with torch.no_grad():
         tensors["theta_L"][2:] = 9.0
+        # A slot that was active remembers its pair.
+        tensors["pairs_L"][2:4] = tensors["pairs_L"][:2].flip(0)
     assert torch.equal(model(x), y)
 
 

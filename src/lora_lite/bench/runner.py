@@ -45,7 +45,7 @@ class Protocol:
     seeds: int = 3
     steps: int = 150
     batch_size: int = 32
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     device: str = "cpu"
     # One thread: the model is small, and a result is then the same on any number of cores.
     threads: int = 1
@@ -133,10 +133,7 @@ def _measure(method: Method, protocol: Protocol, report: Report) -> rows.Row:
         accuracy, loss = digits.score(model, splits["target validation"])
         before, _ = digits.score(model, splits["source validation"])
         sweep.append(rows.Rate(lr, accuracy, before, loss if math.isfinite(loss) else None))
-    best = max(
-        sweep,
-        key=lambda r: (r.target_pct, -math.inf if r.target_loss is None else -r.target_loss),
-    )
+    best = choose(sweep)
     sweep_seconds = time.perf_counter() - began
     base = base_scores(device)
     runs = []
@@ -179,6 +176,12 @@ def _measure(method: Method, protocol: Protocol, report: Report) -> rows.Row:
         environment=rows.environment(device),
         commit=rows.commit(),
     )
+
+
+def choose(sweep: list[rows.Rate]) -> rows.Rate:
+    """The rate of the best target accuracy; of several, that of the lowest loss."""
+    loss = lambda rate: math.inf if rate.target_loss is None else rate.target_loss
+    return max(sweep, key=lambda rate: (rate.target_pct, -loss(rate)))
 
 
 def train(

@@ -76,4 +76,4 @@ class OFT(Variant):
         if self.coft:
             q = tensors["q"]
             radius = self.eps / (2 * len(q)) ** 0.5
-            q.mul_((radius / q.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1))
+            q.mul_((radius / q.norm(dim=-1, keepdim=True)).clamp(max=1))
