@@ -21,7 +21,7 @@ setup:
 
 # Run the tests; arguments go to pytest.
 test *args: setup
-    {{ bin }}/python -m pytest {{ args }}
+    {{ bin }}/python -m pytest -n auto {{ args }}
 
 # Fine-tune the shipped model with one method on rotated digits: just bench-variant jora --seeds 3
 bench-variant variant *args: setup

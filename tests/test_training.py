@@ -38,45 +38,21 @@ def test_a_methods_own_rates_are_absolute():
     assert not model.block["up"].adapters.default.theta_L.requires_grad
 
 
-class Counting(ll.Variant, name="counting_test"):
-    """Counts its steps in a buffer and penalises c."""
+class Penalised(ll.Variant, name="penalised_test"):
+    """Penalises c."""
 
     c: Float[Tensor, "d_out"] = ll.ParamSpec(lambda shape, g: torch.ones(shape))
-    seen: Float[Tensor, "2"] = ll.ParamSpec(lambda shape, g: torch.zeros(shape), trainable=False)
 
-    def forward(self, x, W, c, seen):
+    def forward(self, x, W, c):
         return W(x) + c - 1
 
-    def step(self, tensors, step, total):
-        tensors["seen"].copy_(torch.tensor([step, total or 0]))
-
-    def regulariser(self, c, seen):
+    def regulariser(self, c):
         return c.square().sum()
-
-
-def test_steps_are_the_optimizers_and_survive_a_file(tmp_path):
-    model = MLP()
-    ll.attach(model, Counting)
-    optimizer = torch.optim.SGD(ll.param_groups(model, lr=0.1))
-    handle = ll.schedule(model, optimizer, total=7)
-    for _ in range(3):
-        for _ in range(2):  # micro-batches
-            model(torch.randn(2, 24)).sum().backward()
-        optimizer.step()
-    assert model.block["up"].adapters.default.seen.tolist() == [3, 7]
-    handle.remove()
-    optimizer.step()
-    assert model.block["up"].adapters.default.attachment.step == 3
-    ll.save(model, tmp_path / "a.safetensors")
-    ll.detach(model)
-    ll.load(model, tmp_path / "a.safetensors")
-    ll.step(model)
-    assert model.block["up"].adapters.default.seen.tolist() == [4, 7]
 
 
 def test_penalties_add_up_and_have_gradients():
     model = MLP()
-    ll.attach(model, Counting)
+    ll.attach(model, Penalised)
     penalty = ll.regulariser(model)
     assert penalty.item() == 64
     penalty.backward()

@@ -15,7 +15,8 @@ from lora_lite.attach import Plan, attach, detach, disabled, enable, plan, stren
 from lora_lite.checkpoint import load, save
 from lora_lite.describe import describe
 from lora_lite.merge import MergeReport, delta_weights, merge, merged
-from lora_lite.training import param_groups, regulariser, schedule, step
+from lora_lite.steps import schedule, step
+from lora_lite.training import param_groups, regulariser
 from lora_lite.variant import ParamSpec, Stats, Variant, variant_class, variants
 # ruff: isort: on
 

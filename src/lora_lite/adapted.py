@@ -17,6 +17,7 @@ class Attachment:
     """What the adapters of one attach have in common.
 
     shared: the tensors that all its sites share. step, total: optimizer steps taken and planned.
+    unadvanced: optimizer steps that moved its tensors and did not advance `step`.
     was_trainable: names, in the model that was adapted, of the parameters that it froze.
     """
 
@@ -24,6 +25,7 @@ class Attachment:
         self.name, self.seed = name, seed
         self.step: int = 0
         self.total: int | None = None
+        self.unadvanced: int = 0
         self.shared = nn.Module()
         self.was_trainable: tuple[str, ...] = ()
 
@@ -69,6 +71,9 @@ class Adapter(nn.Module):
         y = variant.forward(x, W, *args, **tensors_in, **kwargs)
         if self.strength != 1:
             y = z + self.strength * (y - z)
+        if self.training and variant.observes and torch.is_grad_enabled():
+            frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
+            y = Observed.apply(y, x, variant, tuple(frozen), *frozen.values())
         if shapes.CHECKED and not torch.compiler.is_compiling():
             shapes.check(variant, W, tensors, x, y)
         return y
@@ -76,6 +81,27 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         state = "" if self.enabled and self.strength == 1 else f", strength={self.strength}"
         return f"{self.variant}" + (state if self.enabled else ", off")
+
+
+class Observed(torch.autograd.Function):
+    """y itself; its backward shows the method x and the gradient of y, once per backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, variant: Variant, keys: tuple[str, ...], *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        # Not among the saved: they change between a forward and its backward when several
+        # forwards come before.
+        ctx.variant, ctx.keys, ctx.tensors = variant, keys, tensors
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.variant.observe(x, g, **dict(zip(ctx.keys, ctx.tensors)))
+        return (g, None, None, None, *[None] * len(ctx.tensors))
 
 
 class Adapted:

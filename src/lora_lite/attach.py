@@ -25,6 +25,7 @@ from lora_lite.adapted import (
 )
 from lora_lite.base import Base, base_kind
 from lora_lite.calibration import Batches, calibrate
+from lora_lite.steps import warn_unless_stepped
 from lora_lite.targets import Targets, find_sites, overridden
 from lora_lite.variant import Stats, Variant, configure
 
@@ -160,7 +161,7 @@ def plan(
     for path, layer in layers.items():
         W = base_kind(layer, configured.site)(layer)
         local = configure(configured, **changes[path])
-        with _blame(local, path):
+        with blame(local, path):
             local.check(W.d_in, W.d_out)
             sites.append(Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out)))
     container = isinstance(root := bare(model), nn.Sequential | nn.ModuleList | nn.ModuleDict)
@@ -223,7 +224,7 @@ def attach(
     attachment = Attachment(name, seed)
     made = []
     for site in chart.sites:
-        with _blame(site.variant, site.name):
+        with blame(site.variant, site.name):
             tensors = fresh_tensors(site, bases[site.name], attachment, dtype, stats.get(site.name))
             made.append(make_adapter(site, bases[site.name], attachment, tensors))
     install(model, chart, attachment, made)
@@ -287,6 +288,9 @@ def install(model: nn.Module, chart: Plan, attachment: Attachment, made: list[Ad
         if not hasattr(root, SHARED):
             root.add_module(SHARED, nn.ModuleDict())
         getattr(root, SHARED)[chart.name] = attachment.shared
+    trained = [p for adapter in made for p in adapter.parameters() if p.requires_grad]
+    if trained and any(adapter.variant.scheduled() for adapter in made):
+        warn_unless_stepped(attachment, trained[0])
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -416,7 +420,7 @@ def _renamed(name: str | None, there: str, here: str) -> str | None:
 
 
 @contextmanager
-def _blame(variant: Variant, path: str) -> Iterator[None]:
+def blame(variant: Variant, path: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:

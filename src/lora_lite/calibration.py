@@ -33,10 +33,12 @@ def calibrate(
     handles, modes = [], {m: m.training for m in model.modules()}
 
     def watch(site: Any) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             if mask[0] is not None and x.shape[:-1] == mask[0].shape:
                 x = x[mask[0].to(x.device).bool()]
+            elif mask[0] is not None and x.shape[:-1] == (mask[0].numel(),):
+                x = x[mask[0].to(x.device).bool().flatten()]
             x = at_least_float32(x.reshape(-1, x.shape[-1]))
             total = site.variant.statistic(x, bases[site.name])
             sums[site.name] = sums.get(site.name, 0) + total
@@ -46,7 +48,7 @@ def calibrate(
 
     try:
         for site in sites:
-            handles.append(site.layer.register_forward_pre_hook(watch(site)))
+            handles.append(site.layer.register_forward_pre_hook(watch(site), with_kwargs=True))
         model.eval()
         with torch.random.fork_rng():
             for batch in batches:

@@ -19,6 +19,7 @@ from lora_lite.attach import (
     Plan,
     Site,
     base_parameters,
+    blame,
     fingerprint,
     fresh_tensors,
     install,
@@ -226,6 +227,14 @@ def _check_tensors(sites: tuple[Site, ...], tensors: dict[str, Tensor]) -> None:
         dtype = tensor_dtype(variant, name, t.dtype if t.is_floating_point() else torch.float32)
         if tuple(t.shape) != shape or t.dtype != dtype:
             raise ValueError(f"{key} is {t.dtype} {tuple(t.shape)}, and should be {dtype} {shape}")
+    for site in sites:
+        own = {
+            name: tensors[file_key(site.name, site.variant, name)]
+            for name in site.shapes
+            if site.variant.specs[name].saved
+        }
+        with blame(site.variant, site.name):
+            site.variant.check_tensors(site.d_in, site.d_out, **own)
 
 
 def _present(model: nn.Module, name: str, sites: tuple[Site, ...]) -> list[Adapter]:

@@ -20,7 +20,8 @@ from lora_lite.adapted import adapters
 from lora_lite.attach import attach, detach, disabled, plan, strength
 from lora_lite.checkpoint import load, save
 from lora_lite.merge import delta_weights, merge, merged
-from lora_lite.training import param_groups, regulariser, schedule
+from lora_lite.steps import schedule
+from lora_lite.training import param_groups, regulariser
 from lora_lite.variant import Variant, configure
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}

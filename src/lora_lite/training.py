@@ -1,4 +1,4 @@
-"""Parameter groups, optimizer steps and penalties."""
+"""Parameter groups and penalties."""
 
 from collections import defaultdict
 from typing import Any
@@ -39,33 +39,6 @@ def param_groups(
         for (rate, decay), ps in groups.items()
     ]
     return out + ([{"params": others, "lr": lr, "weight_decay": weight_decay}] if others else [])
-
-
-def step(model: nn.Module, total: int | None = None) -> None:
-    """Advance every adapter's schedule by one optimizer step; call it after `optimizer.step()`.
-
-    total: the number of optimizer steps planned, for the schedules that depend on it.
-    Raises: ValueError where there is no adapter.
-    """
-    found = adapters(model)
-    for attachment in {id(a.attachment): a.attachment for _, _, a in found}.values():
-        attachment.step += 1
-        attachment.total = total if total is not None else attachment.total
-    with torch.no_grad():
-        for _, _, adapter in found:
-            attachment = adapter.attachment
-            adapter.variant.step(adapter.tensors(), attachment.step, attachment.total)
-
-
-def schedule(
-    model: nn.Module, optimizer: torch.optim.Optimizer, total: int | None = None
-) -> torch.utils.hooks.RemovableHandle:
-    """Call `step` after each of the optimizer's steps from now on; the handle's remove() ends it.
-
-    Raises: ValueError where there is no adapter.
-    """
-    adapters(model)
-    return optimizer.register_step_post_hook(lambda *_: step(model, total))
 
 
 def regulariser(model: nn.Module) -> Tensor:

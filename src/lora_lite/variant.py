@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -50,6 +51,7 @@ class ParamSpec:
     saved: False keeps a frozen tensor out of checkpoints: its seed or the base makes it again,
         and a checksum guards it.
     shared: one tensor for all sites of an attach.
+    averaged: a frozen tensor that `observe` gathers; ranks average it before each `step`.
     lr: multiplier on the learning rate that `param_groups` is given, or a function of the variant.
     decay: whether weight decay applies.
     when: the variants that have this tensor at all.
@@ -60,6 +62,7 @@ class ParamSpec:
     trainable: bool = True
     saved: bool = True
     shared: bool = False
+    averaged: bool = False
     lr: float | Callable[[Any], float] = 1.0
     decay: bool = True
     when: Callable[[Any], bool] = lambda variant: True
@@ -70,6 +73,41 @@ class Stats(NamedTuple):
 
     mean: Tensor
     count: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The optimizer step that was just taken, as a method sees it at one layer.
+
+    number: steps taken so far, this one included. total: steps planned, None where nobody said.
+    layer: the layer's name. seed: the attach's.
+    """
+
+    number: int
+    total: int | None
+    layer: str
+    seed: int
+    optimizer: torch.optim.Optimizer | None = None
+
+    def generator(self) -> torch.Generator:
+        """Random numbers for this step at this layer, on the CPU and the same on every rank."""
+        own = zlib.crc32(f"{self.layer}:{self.number}".encode())
+        return torch.Generator().manual_seed(self.seed ^ own)
+
+    def forget(self, tensor: Tensor, where: Tensor) -> None:
+        """Clear what the optimizer remembers (moments) of a trained tensor's entries `where`."""
+        if self.optimizer is not None:
+            for value in self.optimizer.state.get(tensor, {}).values():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    value.masked_fill_(where, 0)
+
+
+class Layer(NamedTuple):
+    """One layer of an adapter at an optimizer step."""
+
+    variant: "Variant"
+    tensors: dict[str, Tensor]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -150,6 +188,9 @@ class Variant:
     def check(self, d_in: int, d_out: int) -> None:
         """Raise ValueError for hyperparameters that a layer of these sizes cannot have."""
 
+    def check_tensors(self, d_in: int, d_out: int, **tensors: Tensor) -> None:
+        """Raise ValueError for loaded tensors whose numbers no layer of these sizes can have."""
+
     def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
         """Further words for the shapes."""
         return {}
@@ -180,8 +221,32 @@ class Variant:
         """Why the method is not linear in x, and so can't be merged; None where it is."""
         return None
 
-    def step(self, tensors: dict[str, Tensor], step: int, total: int | None) -> None:
-        """Change tensors in place after optimizer step number `step` (counted from 1)."""
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` is wanted in this configuration."""
+        return type(self).observe is not Variant.observe
+
+    def observe(self, x: Tensor, g: Tensor, **tensors: Tensor) -> None:
+        """Gather statistics in place, in frozen tensors, from a layer's input x and the gradient g
+        of its output; called in training, once per backward."""
+
+    def scheduled(self) -> bool:
+        """Whether `step` does something in this configuration."""
+        own, none = type(self), Variant
+        return own.step is not none.step or own.step_all.__func__ is not none.step_all.__func__
+
+    def needs_total(self) -> str | None:
+        """What depends on the number of optimizer steps planned; None where nothing does."""
+        return None
+
+    def step(self, tensors: dict[str, Tensor], now: Step) -> None:
+        """Change a layer's tensors in place after an optimizer step; gradients are still there."""
+
+    @classmethod
+    def step_all(cls, layers: list[Layer]) -> None:
+        """The same for all layers of an adapter, where they decide together."""
+        for layer in layers:
+            layer.variant.step(layer.tensors, layer.step)
 
     def regulariser(self, **tensors: Tensor) -> Tensor | None:
         """A penalty that the method adds to the loss."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import block_rows
 from lora_lite.ops.cayley import cayley, cayley_neumann, skew
-from lora_lite.variant import ParamSpec, Variant, divisors, zeros
+from lora_lite.variant import ParamSpec, Step, Variant, divisors, zeros
 
 
 class OFT(Variant):
@@ -71,7 +71,10 @@ class OFT(Variant):
     ) -> Float[Tensor, "*batch d_out"]:
         return W(block_rows(x, R))
 
-    def step(self, tensors: dict[str, Tensor], step: int, total: int | None) -> None:
+    def scheduled(self) -> bool:
+        return self.coft
+
+    def step(self, tensors: dict[str, Tensor], now: Step) -> None:
         """COFT, §3.4: ‖Q_i‖_F ≤ eps/√n after every optimizer step."""
         if self.coft:
             q = tensors["q"]
