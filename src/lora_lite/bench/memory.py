@@ -26,10 +26,11 @@ def peak_bytes(step: Callable[[], object], resident: int, device: str) -> int:
     return resident + live.peak
 
 
-def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes of a model's tensors and of the optimizer's state, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    state = optimizer.state.values() if optimizer else ()
+    tensors += [t for s in state for t in s.values() if torch.is_tensor(t)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
