@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -119,8 +119,8 @@ DEFAULT = {
 class Cost:
     """One side's step: milliseconds forward and backward (median, 20th and 80th percentile), MiB
     of all tensors at its peak, MiB that autograd saves between forward and backward (parameters
-    and buffers left out), seconds to put the adapters on, and whether it compiled whole. None
-    where it wasn't measured."""
+    and buffers left out), seconds to put the adapters on, and whether it compiled whole; what does
+    not is timed after the others, alone. None where it wasn't measured."""
 
     ms: float
     ms_p20: float
@@ -325,7 +325,7 @@ def measure(
     sides, params, absent = _sides(case, work, with_peft)
     for mode in modes:
         floor = floors.setdefault(mode, Side("floor", work.shell()))
-        running, missing = [], dict(absent)
+        together, apart, missing = [], [], dict(absent)
         for side in (floor, *sides):
             if reason := _failure(partial(_prepare, side, work, mode, warmup)):
                 if side.name not in PEFT_DTYPES:
@@ -333,20 +333,18 @@ def measure(
                 missing[side.name] = reason
                 _free(work)
             else:
-                running.append(side)
-        peaks = {side.name: _peak_mib(side, work, mode) for side in running}
-        saved = {side.name: _saved_mib(side, work) for side in running if mode == "eager"}
-        ms, drift = _time(running, work, steps)
-        costs = {
-            side.name: Cost(
-                *_percentiles(ms[side.name]),
-                peaks[side.name],
-                saved.get(side.name),
-                side.init_seconds,
-                side.fullgraph,
-            )
-            for side in running
-        }
+                (apart if side.fullgraph is False else together).append(side)
+        costs, steps_ms = _costs(together, work, mode, steps)
+        for side in apart:
+            with _fresh_compiler(floors):
+                side.call = torch.compile(side.model, dynamic=False)
+                if reason := _failure(partial(_repeat, side, work, warmup + 1)):
+                    missing[side.name] = reason
+                    _free(work)
+                else:
+                    costs |= _costs([side], work, mode, steps)[0]
+        if "ours" not in costs:
+            raise RuntimeError(f"ours, {mode}: {missing['ours']}")
         yield Row(
             label=case.label,
             variant=case.variant.name,
@@ -356,10 +354,10 @@ def measure(
             device=rows.environment(work.device)["processor"],
             device_type=_kind(work.device),
             shape=dataclasses.asdict(work.shape),
-            steps=len(ms["floor"]),
+            steps=len(steps_ms),
             params=params,
             floor=costs["floor"],
-            floor_drift=drift,
+            floor_drift=_drift(steps_ms),
             ours=costs["ours"],
             peft_default=costs.get("peft_default"),
             peft_same_dtype=costs.get("peft_same_dtype"),
@@ -450,19 +448,50 @@ def check_agreement(ours: Side, theirs: Side, floor: Side, work: Workload) -> No
 
 
 def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
-    """Compile where asked and not done yet, and warm up."""
-    fresh = mode == "compiled" and side.fullgraph is None
+    """Compile where asked and not done yet, and warm up. Where the model doesn't compile whole,
+    only `fullgraph` is set to False.
+
+    Raises: what a step raises; AssertionError where a compiled model runs uncompiled.
+    """
     if mode == "eager":
         side.call, side.fullgraph = side.model, None
-    elif fresh:
+    elif side.fullgraph is None:
         side.call, side.fullgraph = torch.compile(side.model, fullgraph=True, dynamic=False), True
     try:
         _repeat(side, work, 1)
     except torch._dynamo.exc.Unsupported:
-        if not fresh:
-            raise
-        side.call, side.fullgraph = torch.compile(side.model, dynamic=False), False
+        side.fullgraph = False
+        return
+    if mode == "compiled":
+        inputs = {node.name() for node, _ in work.forward(side).grad_fn.next_functions if node}
+        assert inputs == {"torch::autograd::AccumulateGrad"}, "ran uncompiled"
     _repeat(side, work, warmup)
+
+
+@contextmanager
+def _fresh_compiler(floors: dict[str, Side]) -> Iterator[None]:
+    """A context for compiling a model in parts: the compiler then takes the code that the model
+    shares with others for uncompilable, so it forgets all before and after."""
+    torch._dynamo.reset()
+    floors.pop("compiled", None)
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+
+
+def _costs(
+    sides: Sequence[Side], work: Workload, mode: str, steps: int
+) -> tuple[dict[str, Cost], list[float]]:
+    """What these sides cost, timed in alternating rounds; and the first one's milliseconds."""
+    peaks = [_peak_mib(side, work, mode) for side in sides]
+    saved = [_saved_mib(side, work) if mode == "eager" else None for side in sides]
+    ms = _time(sides, work, steps)
+    costs = {
+        side.name: Cost(*_percentiles(times), peak, kept, side.init_seconds, side.fullgraph)
+        for side, times, peak, kept in zip(sides, ms, peaks, saved)
+    }
+    return costs, ms[0]
 
 
 def _repeat(side: Side, work: Workload, steps: int) -> None:
@@ -473,24 +502,25 @@ def _repeat(side: Side, work: Workload, steps: int) -> None:
     _synchronise(work.device)
 
 
-def _time(
-    sides: Sequence[Side], work: Workload, steps: int
-) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds of at least `steps` steps of each side, in rounds; and the floor's drift.
+def _time(sides: Sequence[Side], work: Workload, steps: int) -> list[list[float]]:
+    """Milliseconds of at least `steps` steps of each side, in alternating rounds.
 
     On CUDA a step lasts from event to event on the stream, with the host running ahead as it does
     in training.
     """
-    ms: dict[str, list[float]] = {side.name: [] for side in sides}
-    floor = []
+    ms: list[list[float]] = [[] for _ in sides]
     for _ in range(ROUNDS):
-        for side in sides:
+        for side, times in zip(sides, ms):
             _repeat(side, work, 1)
-            times = _timed(side, work, math.ceil(steps / ROUNDS))
-            ms[side.name] += times
-            if side.name == "floor":
-                floor.append(statistics.median(times))
-    return ms, max(floor) / min(floor)
+            times += _timed(side, work, math.ceil(steps / ROUNDS))
+    return ms
+
+
+def _drift(ms: Sequence[float]) -> float:
+    """The slowest over the fastest round, by medians."""
+    n = len(ms) // ROUNDS
+    medians = [statistics.median(ms[i : i + n]) for i in range(0, len(ms), n)]
+    return max(medians) / min(medians)
 
 
 def _timed(side: Side, work: Workload, steps: int) -> list[float]:
