@@ -10,27 +10,39 @@ same outputs and input gradients. No optimizer step, schedule or penalty is time
 import copy
 import dataclasses
 import gc
-import importlib.metadata
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.adapted import adapters
+from lora_lite.base import LinearBase
 from lora_lite.bench import rows
+from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Row, table, versions, write
 from lora_lite.bench.memory import peak_bytes, resident_bytes
 from lora_lite.bench.twins import Twin, twin
+from lora_lite.bench.workload import (
+    DEFAULT,
+    SEED,
+    Dtype,
+    Shape,
+    Side,
+    Workload,
+    kind,
+    llama,
+    now,
+    synchronise,
+)
 from lora_lite.targets import Targets
 from lora_lite.testing import move
 from lora_lite.variant import Variant, configure, variant_class
@@ -58,226 +70,19 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 Track = Literal["all-linear", "q+v"]
 Mode = Literal["eager", "compiled"]
-Dtype = Literal["bfloat16", "float32"]
 TRACKS: dict[str, Targets] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_proj"]}
 
 MIB = 2**20
 ROUNDS = 4
-SEED = 0
+KEPT_TRIPLETS = 256
 # Large enough to change the outputs by far more than rounding, small enough to keep them tame.
 MOVED = 0.02
 AGREEMENT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 """Largest ‖ours − theirs‖/‖theirs‖ of outputs and input gradients."""
-PEFT_DTYPES = {"peft_default": True, "peft_same_dtype": False}
-"""PEFT's sides, and what each gives as `autocast_adapter_dtype`."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The Llama and its input; Llama-2-7B's widths unless another is said. Heads are 128 wide, or
-    64 below 1024."""
-
-    width: int = 4096
-    layers: int = 2
-    tokens: int = 4096
-    length: int = 1024
-    dtype: Dtype = "bfloat16"
-
-    def __post_init__(self) -> None:
-        for name, least in dict(width=64, layers=1, tokens=1, length=1).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be ≥ {least}")
-        if self.width % self.head_width:
-            raise ValueError(f"width={self.width} must be a multiple of {self.head_width}")
-        if self.tokens % min(self.length, self.tokens):
-            raise ValueError(f"tokens={self.tokens} must be a multiple of length={self.length}")
-
-    @property
-    def intermediate(self) -> int:
-        """The MLP's width: 11008 for 4096, in proportion for others, a multiple of 64."""
-        return -(-self.width * 43 // (16 * 64)) * 64
-
-    @property
-    def head_width(self) -> int:
-        return 128 if self.width >= 1024 else 64
-
-    @property
-    def batch(self) -> tuple[int, int]:
-        """(sequences, tokens in each)."""
-        length = min(self.length, self.tokens)
-        return self.tokens // length, length
-
-
-DEFAULT = {
-    "cuda": Shape(),
-    "cpu": Shape(width=256, tokens=32, length=16, dtype="float32"),
-}
-"""By the kind of device."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One side's step: milliseconds forward and backward (median, 20th and 80th percentile), MiB
-    of all tensors at its peak, MiB that autograd saves between forward and backward (parameters
-    and buffers left out), seconds to put the adapters on, and whether it compiled whole; what does
-    not is timed after the others, alone. None where it wasn't measured."""
-
-    ms: float
-    ms_p20: float
-    ms_p80: float
-    peak_mib: float | None
-    saved_mib: float | None
-    init_seconds: float | None = None
-    fullgraph: bool | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one method costs on one track, in one mode, on one device.
-
-    missing: why a side has no numbers. floor_drift: the slowest over the fastest of the floor's
-    rounds. commit: of the source, as in the other benchmarks.
-    """
-
-    label: str
-    variant: str
-    hyperparameters: dict[str, Any]
-    track: str
-    mode: str
-    device: str
-    device_type: str
-    shape: dict[str, Any]
-    steps: int
-    params: int
-    floor: Cost
-    floor_drift: float
-    ours: Cost
-    peft_default: Cost | None
-    peft_same_dtype: Cost | None
-    missing: dict[str, str]
-    versions: dict[str, Any]
-    commit: str | None
-
-    def over_floor(self, side: str = "ours") -> float | None:
-        """A side's time in multiples of the floor's."""
-        cost = getattr(self, side)
-        return None if cost is None else cost.ms / self.floor.ms
-
-    def extra_mib(self, side: str = "ours") -> float | None:
-        """A side's peak memory above the floor's."""
-        cost = getattr(self, side)
-        if cost is None or cost.peak_mib is None or self.floor.peak_mib is None:
-            return None
-        return cost.peak_mib - self.floor.peak_mib
-
-    def summary(self) -> dict[str, float | None]:
-        """What the row comes to."""
-        out = {"ms": self.ours.ms, "over_floor": self.over_floor(), "extra_mib": self.extra_mib()}
-        for side in PEFT_DTYPES:
-            out[f"{side}_over_floor"] = self.over_floor(side)
-            out[f"{side}_extra_mib"] = self.extra_mib(side)
-        return out
-
-    @property
-    def file_name(self) -> str:
-        usual = dataclasses.asdict(DEFAULT[self.device_type])
-        changes = {key: value for key, value in self.shape.items() if usual[key] != value}
-        return rows.file_name(
-            rows.label(f"{self.label} {self.track} {self.mode} {self.device}", changes)
-        )
-
-
-def write(row: Row, results: Path) -> Path:
-    """Store a row as results/cost/<its setting>.json, in place of the one before."""
-    path = results / "cost" / f"{row.file_name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = dataclasses.asdict(row) | {"summary": row.summary()}
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
-def read(results: Path) -> list[Row]:
-    """All rows in results/cost, by label, track and mode."""
-    out = []
-    for path in sorted((results / "cost").glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        del data["summary"]
-        for side in ("floor", "ours", *PEFT_DTYPES):
-            data[side] = None if data[side] is None else Cost(**data[side])
-        out.append(Row(**data))
-    return sorted(out, key=lambda row: (row.label, row.track, row.mode, row.file_name))
 
 
 class Disagreement(Exception):
     """PEFT computes something else from the same tensors; then its time means nothing."""
-
-
-@dataclass
-class Side:
-    """A model that is timed, and what is known of it before."""
-
-    name: str
-    model: nn.Module
-    init_seconds: float | None = None
-    call: Callable[..., Any] = field(init=False)
-    fullgraph: bool | None = None
-
-    def __post_init__(self) -> None:
-        self.call = self.model
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The frozen model, a random input and a random gradient to the output."""
-
-    model: nn.Module
-    x: Tensor
-    y_grad: Tensor
-    shape: Shape
-    device: str
-
-    def forward(self, side: Side) -> Tensor:
-        return side.call(inputs_embeds=self.x, use_cache=False).last_hidden_state
-
-    def step(self, side: Side) -> None:
-        self.forward(side).backward(self.y_grad)
-
-    def clear(self, side: Side) -> None:
-        """Forget the gradients, as an optimizer does between steps."""
-        for tensor in (self.x, *side.trained):
-            tensor.grad = None
-
-    def shell(self) -> nn.Module:
-        """The model anew, on the same weights."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return copy.deepcopy(self.model, {id(t): t for t in tensors})
-
-
-def workload(shape: Shape, device: str) -> Workload:
-    """A Llama of random weights without embedding and head, in training mode and frozen."""
-    from transformers import LlamaConfig, LlamaModel
-
-    heads = shape.width // shape.head_width
-    config = LlamaConfig(
-        vocab_size=1,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        hidden_size=shape.width,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max(shape.length, 2048),
-    )
-    dtype = getattr(torch, shape.dtype)
-    with torch.random.fork_rng(devices=[device] if _kind(device) == "cuda" else []):
-        torch.manual_seed(SEED)
-        with torch.device(device):
-            model = LlamaModel(config).to(dtype).requires_grad_(False).train()
-            x, y_grad = (torch.randn(*shape.batch, shape.width, dtype=dtype) for _ in range(2))
-    return Workload(model, x.requires_grad_(), y_grad, shape, device)
 
 
 @dataclass(frozen=True)
@@ -322,25 +127,25 @@ def measure(
     stops a side of PEFT's is in the row.
     """
     floors = {} if floors is None else floors
-    sides, params, absent = _sides(case, work, with_peft)
+    sides, params, absent = sides_of(case, work, with_peft)
     for mode in modes:
         floor = floors.setdefault(mode, Side("floor", work.shell()))
         together, apart, missing = [], [], dict(absent)
         for side in (floor, *sides):
-            if reason := _failure(partial(_prepare, side, work, mode, warmup)):
+            if reason := failure(partial(_prepare, side, work, mode, warmup)):
                 if side.name not in PEFT_DTYPES:
                     raise RuntimeError(f"{side.name}, {mode}: {reason}")
                 missing[side.name] = reason
-                _free(work)
+                free(work)
             else:
                 (apart if side.fullgraph is False else together).append(side)
         costs, steps_ms = _costs(together, work, mode, steps)
         for side in apart:
             with _fresh_compiler(floors):
                 side.call = torch.compile(side.model, dynamic=False)
-                if reason := _failure(partial(_repeat, side, work, warmup + 1)):
+                if reason := failure(partial(_repeat, side, work, warmup + 1)):
                     missing[side.name] = reason
-                    _free(work)
+                    free(work)
                 else:
                     costs |= _costs([side], work, mode, steps)[0]
         if "ours" not in costs:
@@ -352,8 +157,8 @@ def measure(
             track=case.track,
             mode=mode,
             device=rows.environment(work.device)["processor"],
-            device_type=_kind(work.device),
-            shape=dataclasses.asdict(work.shape),
+            device_type=kind(work.device),
+            shape=work.shape,
             steps=len(steps_ms),
             params=params,
             floor=costs["floor"],
@@ -367,23 +172,13 @@ def measure(
         )
 
 
-def versions(device: str) -> dict[str, Any]:
-    """Versions and processor; None for what is not installed."""
-    out = rows.environment(device)
-    for package in ("peft", "transformers", "triton"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            out[package] = None
-    return out
-
-
-def _sides(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], int, dict[str, str]]:
+def sides_of(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], int, dict[str, str]]:
     """Ours, and those of PEFT's that compute the same; our parameters; why others are missing."""
     model = work.shell()
-    start = _now(work.device)
+    start, saved = now(work.device), SvdOnce.seconds_saved
     plan = ll.attach(model, case.variant, case.targets, seed=SEED)
-    ours = Side("ours", model, _now(work.device) - start)
+    seconds = now(work.device) - start + SvdOnce.seconds_saved - saved
+    ours = Side("ours", model, seconds)
     move(model, scale=MOVED)
     sides, missing = [ours], {}
     if not with_peft:
@@ -402,9 +197,9 @@ def _sides(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], int
             check_agreement(ours, side, floor, work)
             sides.append(side)
 
-        if reason := _failure(add):
+        if reason := failure(add):
             missing[name] = reason
-            _free(work)
+            free(work)
     return sides, plan.trainable, missing
 
 
@@ -412,11 +207,11 @@ def _peft_side(name: str, twin: Twin, ours: Side, work: Workload, float32: bool)
     """PEFT's model with our tensors in it."""
     import peft
 
-    start = _now(work.device)
+    start = now(work.device)
     model = peft.get_peft_model(
         work.shell(), copy.deepcopy(twin.config), autocast_adapter_dtype=float32
     )
-    seconds = _now(work.device) - start
+    seconds = now(work.device) - start
     for site, _, adapter in adapters(ours.model):
         twin.load(model.base_model.model.get_submodule(site), adapter.tensors())
     return Side(name, model, seconds)
@@ -439,7 +234,7 @@ def check_agreement(ours: Side, theirs: Side, floor: Side, work: Workload) -> No
 
     for what, a, b, base in zip(("outputs", "input gradients"), run(ours), run(theirs), run(floor)):
         error, effect = (float((t - b).norm() / b.norm()) for t in (a, base))
-        limit = min(AGREEMENT[getattr(torch, work.shape.dtype)], effect / 4)
+        limit = min(AGREEMENT[work.dtype], effect / 4)
         # NaN is no agreement either.
         if not error <= limit:
             raise Disagreement(
@@ -499,7 +294,7 @@ def _repeat(side: Side, work: Workload, steps: int) -> None:
         work.clear(side)
         work.step(side)
     work.clear(side)
-    _synchronise(work.device)
+    synchronise(work.device)
 
 
 def _time(sides: Sequence[Side], work: Workload, steps: int) -> list[list[float]]:
@@ -524,7 +319,7 @@ def _drift(ms: Sequence[float]) -> float:
 
 
 def _timed(side: Side, work: Workload, steps: int) -> list[float]:
-    if _kind(work.device) == "cuda":
+    if kind(work.device) == "cuda":
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
         for start, end in events:
             work.clear(side)
@@ -542,6 +337,35 @@ def _timed(side: Side, work: Workload, steps: int) -> list[float]:
     return times
 
 
+class SvdOnce:
+    """A context in which each frozen weight is decomposed once, for all methods that start from
+    its singular vectors. `seconds_saved` is what the others would have spent."""
+
+    seconds_saved = 0.0
+
+    def __enter__(self) -> None:
+        self.svd, self.triplets = LinearBase.svd, {}
+        LinearBase.svd = lambda W, *args, **kwargs: self.remembered(W, *args, **kwargs)
+
+    def __exit__(self, *error: object) -> None:
+        LinearBase.svd = self.svd
+
+    def remembered(self, W: LinearBase, r: int, method: str = "exact", seed: int = 0) -> Any:
+        if method != "exact":
+            return self.svd(W, r, method, seed)
+        key = W.layer.weight.data_ptr()
+        most = min(W.d_in, W.d_out)
+        if key in self.triplets and len(self.triplets[key][1]) >= r:
+            SvdOnce.seconds_saved += self.triplets[key][3]
+        else:
+            start = now(W.device)
+            # The largest rank among the settings, so that one decomposition serves all.
+            triplets = self.svd(W, max(r, min(KEPT_TRIPLETS, most)))
+            self.triplets[key] = (*triplets, now(W.device) - start)
+        U, S, Vh, _ = self.triplets[key]
+        return U[:, :r], S[:r], Vh[:r]
+
+
 def _percentiles(ms: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     fifths = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else [ms[0]] * 4
@@ -550,7 +374,7 @@ def _percentiles(ms: Sequence[float]) -> tuple[float, float, float]:
 
 def _peak_mib(side: Side, work: Workload, mode: str) -> float | None:
     """The side's own tensors, and what a step adds to them at its peak."""
-    cuda = _kind(work.device) == "cuda"
+    cuda = kind(work.device) == "cuda"
     if not cuda and mode == "compiled":
         # The CPU's count follows single operations, and a compiled step has none.
         return None
@@ -581,7 +405,7 @@ def _saved_mib(side: Side, work: Workload) -> float:
     return sum(kept.values()) / MIB
 
 
-def _failure(action: Callable[[], object]) -> str | None:
+def failure(action: Callable[[], object]) -> str | None:
     """Run it; why it failed in one line, or None. The error goes, and with it what it held."""
     try:
         action()
@@ -591,26 +415,12 @@ def _failure(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _free(work: Workload) -> None:
+def free(work: Workload) -> None:
     """Give back what a side that is gone or failed left behind."""
     work.x.grad = None
     gc.collect()
-    if _kind(work.device) == "cuda":
+    if kind(work.device) == "cuda":
         torch.cuda.empty_cache()
-
-
-def _kind(device: str) -> str:
-    return torch.device(device).type
-
-
-def _synchronise(device: str) -> None:
-    if _kind(device) == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _now(device: str) -> float:
-    _synchronise(device)
-    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -651,7 +461,7 @@ class Options:
         for name, least in dict(steps=1, warmup=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be ≥ {least}")
-        if _kind(self.where) == "cuda" and not torch.cuda.is_available():
+        if kind(self.where) == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}: torch finds no CUDA device here")
         for name in self.variants:
             try:
@@ -668,7 +478,7 @@ class Options:
     def shape(self) -> Shape:
         changes = {key: getattr(self, key) for key in ("dtype", "layers", "tokens", "width")}
         return dataclasses.replace(
-            DEFAULT[_kind(self.where)], **{k: v for k, v in changes.items() if v is not None}
+            DEFAULT[kind(self.where)], **{k: v for k, v in changes.items() if v is not None}
         )
 
     @property
@@ -681,81 +491,52 @@ def run(options: Options) -> list[Row]:
 
     A method that fails is printed with the reason, and the others go on.
     """
-    work = workload(options.shape, options.where)
+    if options.scaling:
+        from lora_lite.bench import scaling
+
+        return scaling.run(options)
+    found = cases(options.variants or ll.variants(), options.tracks)
+    return measure_all(found, llama(options.shape, options.where), options)
+
+
+def measure_all(
+    found: Sequence[Case], work: Workload, options: Options, task: str = TASK
+) -> list[Row]:
+    """Measure these cases on one workload, writing and printing each row as it is done."""
     floors: dict[str, Side] = {}
     done: list[Row] = []
     started = time.perf_counter()
-    with unlimited_recompiles():
-        for case in cases(options.variants or ll.variants(), options.tracks):
 
-            def row_by_row(case: Case = case) -> None:
-                for row in measure(
-                    case,
-                    work,
-                    modes=options.modes,
-                    steps=options.steps,
-                    warmup=options.warmup,
-                    with_peft=options.peft,
-                    floors=floors,
-                    commit=options.commit,
-                ):
-                    write(row, options.folder)
-                    done.append(row)
-                    seconds = time.perf_counter() - started
-                    print(f"[{seconds:5.0f} s] {table([row], heading=False)}", flush=True)
-                    for side, why in row.missing.items():
-                        print(f"          without {side}: {why}", flush=True)
+    def measure_one(case: Case) -> None:
+        for row in measure(
+            case,
+            work,
+            modes=options.modes,
+            steps=options.steps,
+            warmup=options.warmup,
+            with_peft=options.peft,
+            floors=floors,
+            commit=options.commit,
+        ):
+            write(row, options.folder, task)
+            done.append(row)
+            seconds = time.perf_counter() - started
+            print(f"[{seconds:5.0f} s] {table([row], heading=False)}", flush=True)
+            for why in dict.fromkeys(row.missing.values()):
+                names = " and ".join(name for name in row.missing if row.missing[name] == why)
+                print(f"          without {names}: {why}", flush=True)
 
-            if reason := _failure(row_by_row):
+    with unlimited_recompiles(), SvdOnce():
+        for case in found:
+            if reason := failure(partial(measure_one, case)):
                 print(f"          {case.label} {case.track} failed: {reason}", flush=True)
-            _free(work)
+            free(work)
     return done
 
 
 def unlimited_recompiles() -> AbstractContextManager[None]:
     """A context in which torch.compile takes any number of models that share their code."""
     return torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
-
-
-COLUMNS = (
-    "method",
-    "track",
-    "mode",
-    "ms",
-    "× floor",
-    "+MiB",
-    "PEFT ×",
-    "same dtype ×",
-    "PEFT +MiB",
-)
-
-
-def table(done: Sequence[Row], heading: bool = True) -> str:
-    """The rows as plain text."""
-    number = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
-    lines = [COLUMNS] if heading else []
-    for row in done:
-        lines.append(
-            (
-                row.label,
-                row.track,
-                row.mode,
-                number(row.ours.ms, 3),
-                number(row.over_floor(), 3),
-                number(row.extra_mib(), 1),
-                number(row.over_floor("peft_default"), 3),
-                number(row.over_floor("peft_same_dtype"), 3),
-                number(row.extra_mib("peft_default"), 1),
-            )
-        )
-    widths = (44, 10, 8, 9, 7, 9, 7, 12, 9)
-    return "\n".join(
-        " ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
