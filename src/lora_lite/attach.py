@@ -382,9 +382,9 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tensor_dtype(variant: Variant, key: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a variant's tensor: the adapter's for floats, the annotation's for others."""
+    """The dtype of a variant's tensor: the adapter's for `Float`, the annotation's for others."""
     names = variant.annotations[key].dtypes
-    return dtype if "float32" in names else getattr(torch, names[0])
+    return dtype if "float32" in names and len(names) > 1 else getattr(torch, names[0])
 
 
 def fingerprint(W: Base) -> str | None:

@@ -94,6 +94,11 @@ class Step:
         own = zlib.crc32(f"{self.layer}:{self.number}".encode())
         return torch.Generator().manual_seed(self.seed ^ own)
 
+    def restart(self, tensor: Tensor, where: Tensor) -> None:
+        """Set a trained tensor's entries `where` to zero, and `forget` them."""
+        tensor.masked_fill_(where, 0)
+        self.forget(tensor, where)
+
     def forget(self, tensor: Tensor, where: Tensor) -> None:
         """Clear what the optimizer remembers (moments) of a trained tensor's entries `where`."""
         if self.optimizer is not None:
@@ -126,6 +131,10 @@ class Variant:
     site: ClassVar[str] = "linear"
     specs: ClassVar[Mapping[str, ParamSpec]] = {}
     annotations: ClassVar[Mapping[str, type[AbstractArray]]] = {}
+
+    casts: ClassVar[bool] = True
+    """Whether tensors arrive in the activation's dtype. A forward that gives all of them to
+    operations that cast them where they are read says `casts = False`, and saves the copies."""
 
     statistic: ClassVar[Callable[..., Tensor] | None] = None
     """`statistic(x, W)` sums something over calibration tokens x (n, d_in); the core divides by

@@ -34,6 +34,7 @@ GOLDEN_NAMES = {
     "mag_logits": "g_mag",
 }
 SELECTED = ("selective", "coupled")
+STATIC = dict(magnitude="none", selection="random")
 
 
 class Model(nn.Module):
@@ -255,7 +256,7 @@ def test_odd_sizes_tanh_and_conv1d_equal_the_dense_definition(core, magnitude):
 @pytest.mark.parametrize("single_sided", ["none", "left", "right"])
 @pytest.mark.parametrize("core", SELECTED)
 def test_selected_cores_equal_the_dense_definition(core, single_sided, rotation_param, max_angle):
-    hyper = dict(core=core, magnitude="none", single_sided=single_sided, S_L=8, S_R=8, k=6)
+    hyper = dict(core=core, **STATIC, single_sided=single_sided, S_L=8, S_R=8, k=6)
     hyper |= dict(rotation_param=rotation_param, max_angle=max_angle)
     for d in (24, 13):  # of 13 coordinates, the pairs of both sides must share some
         check_against_dense(linear(d, d), **hyper)
@@ -382,15 +383,15 @@ def test_fresh_adapter_is_the_identity_bit_for_bit(core, magnitude, dtype):
 def test_selected_core_starts_as_the_identity_and_rotates_at_once(core):
     layer, x = linear(24, 24, dtype=torch.float32), torch.randn(2, 3, 24, requires_grad=True)
     base = layer(x)
-    model, tensors = adapted(layer, core=core, magnitude="none", theta_init_std=0.0)
+    model, tensors = adapted(layer, core=core, **STATIC, theta_init_std=0.0)
     y = model(x)
     assert torch.equal(y, base)
     grads = gradients(y, torch.randn_like(y), x, tensors)
     assert all(grad.any() for grad in grads.values())
-    assert configure("jora", core=core, magnitude="none", theta_init_std=0.0).starts_as_identity()
-    assert not configure("jora", core=core, magnitude="none").starts_as_identity()
+    assert configure("jora", core=core, **STATIC, theta_init_std=0.0).starts_as_identity()
+    assert not configure("jora", core=core, **STATIC).starts_as_identity()
     ll.detach(model)
-    assert not torch.equal(adapted(layer, core=core, magnitude="none")[0](x), base)
+    assert not torch.equal(adapted(layer, core=core, **STATIC)[0](x), base)
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -469,7 +470,7 @@ def test_a_single_vector_has_the_gradients_of_a_batch_of_one():
 def test_small_delta_is_not_lost_in_bfloat16():
     layer = nn.Linear(24, 24, bias=False, dtype=torch.bfloat16)
     nn.init.zeros_(layer.weight)
-    hyper = dict(core="selective", magnitude="none", theta_init_std=0.0)
+    hyper = dict(core="selective", **STATIC, theta_init_std=0.0)
     model, tensors = adapted(layer, torch.float32, **hyper)
     nn.init.constant_(tensors["delta"], 1e-3)
     x = torch.randn(2, 3, 24).bfloat16()
@@ -577,8 +578,8 @@ def test_apply_pairs_passes_gradcheck():
         dict(core="diag", max_angle=0.4),
         dict(core="block", magnitude="ecd_tanh", clip="tanh"),
         dict(core="lowrank", lowrank_r=2, magnitude_on="delta", oer_temperature=2.0),
-        dict(core="selective", magnitude="none"),
-        dict(core="coupled", magnitude="none", rotation_param="angle"),
+        dict(core="selective", **STATIC),
+        dict(core="coupled", **STATIC, rotation_param="angle"),
     ],
     ids=lambda hyper: hyper["core"],
 )
@@ -648,7 +649,7 @@ def test_pairs_follow_the_seed_and_differ_between_layers():
 
 @pytest.mark.parametrize("core", SELECTED)
 def test_support_is_the_coordinates_that_turn_each_once(core):
-    _, tensors = adapted(linear(13, 13), core=core, magnitude="none", S_L=6, S_R=6, k=8)
+    _, tensors = adapted(linear(13, 13), core=core, **STATIC, S_L=6, S_R=6, k=8)
     pairs = torch.cat([tensors[f"pairs_{side}"][tensors[f"active_{side}"]] for side in "LR"])
     support = tensors["support"]
     kept = support[support >= 0]
@@ -717,8 +718,8 @@ def test_a_rate_of_zero_freezes():
         (dict(core="block", block_size=4), 192 + 4 * 4096 + 4096),
         (dict(core="block", block_size=5), 192 + 819 * 25 + 1 + 4096),
         (dict(core="lowrank", lowrank_r=8), 192 + 8 * 8192 + 4096),
-        (dict(core="selective", magnitude="none"), 192 + 48),
-        (dict(core="coupled", magnitude="none"), 192 + 96),
+        (dict(core="selective", **STATIC), 192 + 48),
+        (dict(core="coupled", magnitude="none", t_stat=9), 192 + 96),
         (dict(single_sided="left"), 96 + 8192),
     ],
 )
@@ -766,14 +767,14 @@ def test_llama_2_7b_trains_as_many_parameters_as_the_formulas_say(hyper, each):
         (dict(k=33, single_sided="left"), r"q_proj has room for 32 pairs in all, fewer than k=33"),
         (dict(core="selective"), r"jora: core='selective' goes with clip='none' and magnitude='no"),
         (dict(core="coupled", magnitude="none", clip="tanh"), r"core='coupled' goes with clip='no"),
-        (dict(core="selective", magnitude="none", k=0), r"jora: k=0 must be ≥ 1"),
+        (dict(core="selective", **STATIC, k=0), r"jora: k=0 must be ≥ 1"),
         (
-            dict(core="selective", magnitude="none", k=1),
+            dict(core="selective", **STATIC, k=1),
             r"q_proj has 2 active pairs, and core='selective' needs k=1; .* k ≥ 2 with both",
         ),
         (
             dict(core="coupled", magnitude="none", selection="none"),
-            r"q_proj has 64 active pairs, and core='coupled' needs k=8; use selection='random'",
+            r"q_proj has 64 active pairs, and core='coupled' needs k=8; use another selection than",
         ),
         (
             dict(core="selective", magnitude="none", S_L=0, S_R=0),
@@ -791,7 +792,7 @@ def test_selected_core_needs_a_square_layer(core):
     with pytest.raises(
         ValueError, match=f"jora: q_proj is 40×24, and core='{core}' needs a square"
     ):
-        adapted(linear(24, 40), core=core, magnitude="none")
+        adapted(linear(24, 40), core=core, **STATIC)
 
 
 def test_row_norms_need_a_finite_float_weight():
@@ -820,7 +821,7 @@ def test_slots_beyond_half_the_layer_are_clipped_and_the_plan_says_so():
     "hyper",
     [
         *({"core": core} | MAGNITUDES[m] for core, m in itertools.product(CORES, MAGNITUDES)),
-        *(dict(core=core, magnitude="none") for core in SELECTED),
+        *(dict(core=core, **STATIC) for core in SELECTED),
     ],
     ids=lambda hyper: "-".join(map(str, hyper.values())),
 )
@@ -839,7 +840,7 @@ def test_float16_follows_the_definition(hyper):
     "hyper",
     [
         *({"core": core} | MAGNITUDES[m] for core, m in itertools.product(CORES, MAGNITUDES)),
-        *(dict(core=core, magnitude="none", theta_init_std=0.0) for core in SELECTED),
+        *(dict(core=core, **STATIC, theta_init_std=0.0) for core in SELECTED),
     ],
     ids=lambda hyper: "-".join(map(str, hyper.values())),
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def oer_softmax(
-    g: Float[Tensor, " n"], norms: Float[Tensor, " n"], temperature: float
+    g: Float[Tensor, " n"], norms: Float[Tensor, " n"], temperature: float | Float[Tensor, ""]
 ) -> Float[Tensor, " n"]:
     """s − 1 for s_i² = p_i/p⁰_i, p⁰ = ‖w_i‖²/E and p = softmax(log p⁰ + g/T).
 
@@ -20,7 +20,10 @@ def oer_softmax(
 
 
 def ecd_tanh(
-    g: Float[Tensor, " n"], norms: Float[Tensor, " n"], temperature: float, alpha: float
+    g: Float[Tensor, " n"],
+    norms: Float[Tensor, " n"],
+    temperature: float | Float[Tensor, ""],
+    alpha: float,
 ) -> Float[Tensor, " n"]:
     """s − 1 for s_i = a_i √(E / Σ ‖w_j‖² a_j²), a = 1 + α tanh(g/T).
 

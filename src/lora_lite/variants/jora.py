@@ -1,58 +1,51 @@
 """JORA."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import block_columns
 from lora_lite.ops.energy import ecd_tanh, oer_softmax
-from lora_lite.ops.givens import apply_pairs, pair_tables, random_pairs, rotations
+from lora_lite.ops.givens import apply_pairs, pair_tables
 from lora_lite.ops.low_rank import low_rank
-from lora_lite.variant import ParamSpec, Stats, Variant, zeros
+from lora_lite.variant import ParamSpec, Stats, Step, nearest, zeros
+from lora_lite.variants._selected_rotations import SelectedRotations, named
 
 SELECTED = ("selective", "coupled")
+CORES = ("d", "blocks", "rem", "A")
 REFERENCE_LR = 0.01
 
-LEFT = dict(when=lambda v: "L" in v.sides)
-RIGHT = dict(when=lambda v: "R" in v.sides)
-THETA = dict(lr=lambda v: v.lr_theta / v.base_lr, decay=False)
 CORE = dict(lr=lambda v: v.lr_core / v.base_lr)
 MAGNITUDE = dict(when=lambda v: v.magnitude != "none")
 
 
-class JORA(Variant):
+class JORA(SelectedRotations):
     """Joint orthogonal rotation adaptation: y = s ⊙ (W x + Δ) + b, Δ = clip(R_Lᵀ C R_R x).
 
-    R_L, R_R turn disjoint pairs of coordinates by φ = 2 atan(θ/2), or θ. The core C is diag(d);
-    block, blocks then rem on the diagonal; lowrank, σ A Bᵀ; or, on the support U that the pairs
-    make up, selective, Δ = R_Lᵀ D R_R x − P_U x with D = 1 + delta, and coupled, where D is I₂ + M
-    on each pair. s moves energy between rows at constant Σ (s_i ‖w_i‖)², by oer_softmax or
-    ecd_tanh; on Δ alone, y = W x + b + s ⊙ Δ.
+    R_L, R_R turn disjoint pairs of coordinates by φ = 2 atan(θ/2), or θ; which pairs,
+    SelectedRotations says. The core C is diag(d); block, blocks then rem on the diagonal; lowrank,
+    σ A Bᵀ; or, on the support U that the pairs make up, selective, Δ = R_Lᵀ D R_R x − P_U x with
+    D = 1 + delta, and coupled, where D is I₂ + M on each pair. s moves energy between rows at
+    constant Σ (s_i ‖w_i‖)², by oer_softmax or ecd_tanh; on Δ alone, y = W x + b + s ⊙ Δ.
 
     The JORA tuner's README and experiment design; there is no paper. docs/reviews/jora.md.
 
     Start: the identity bit for bit with zero_init_core, since C = 0 and g_mag = 0 makes s = 1;
-    selective and coupled with theta_init_std = 0.
+    selective and coupled with t_stat or theta_init_std = 0.
     Shapes: theta (S,) a side, S at most d_side//2; d (q,), q = min(d_in, d_out); blocks (q//b, b,
     b), rem (q mod b,); A (d_out, r), B (d_in, r); delta (2k,); M (k, 2, 2); g_mag (d_out,).
     Differs: from its code, 1. k counts the active pairs of both sides, S their slots. 2. g_mag is
     an offset from the identity at every temperature. 3. The bias is not scaled. 4. max_angle acts.
-    5. coupled subtracts P_U x. 6. W' is exact for every core, and refused with clip="tanh".
+    5. coupled subtracts P_U x. 6. W' is exact for every core, and refused with clip="tanh". 7. The
+    energies of output gradients are gathered, and all ranks choose alike. 8. Exactly k disjoint
+    pairs are chosen. 9. An angle belongs to its pair, not to the slot. 10. Schedules count
+    optimizer steps. 11. random pairs stay. 12. Gumbel noise joins log E.
     """
 
-    S_L: int = 32
-    S_R: int = 32
-    k: int = 8
-    rotation_param: Literal["cayley", "angle"] = "cayley"
-    max_angle: float = 0.0
-    theta_init_std: float = 0.02
-    force_random_rotation_init: bool = True
-    single_sided: Literal["none", "left", "right"] = "none"
-    selection: Literal["random", "none"] = "random"
     core: Literal["diag", "block", "lowrank", "selective", "coupled"] = "diag"
     block_size: int = 4
     lowrank_r: int = 8
@@ -65,12 +58,12 @@ class JORA(Variant):
     oer_temperature: float = 1.0
     ecd_temperature: float = 1.0
     ecd_alpha: float = 0.5
-    lr_theta: float = 0.05
+    ecd_temp_annealing: bool = False
+    ecd_temp_start: float = 5.0
+    ecd_temp_end: float = 1.0
     lr_core: float = 0.01
     magnitude_lr_scale: float = 1.0
 
-    theta_L: Float[Tensor, "s_L"] = ParamSpec(**LEFT, **THETA)
-    theta_R: Float[Tensor, "s_R"] = ParamSpec(**RIGHT, **THETA)
     d: Float[Tensor, "q"] = ParamSpec(when=lambda v: v.core == "diag", **CORE)
     blocks: Float[Tensor, "q//block_size block_size block_size"] = ParamSpec(
         when=lambda v: v.core == "block", **CORE
@@ -83,65 +76,73 @@ class JORA(Variant):
     g_mag: Float[Tensor, "d_out"] = ParamSpec(
         zeros, lr=lambda v: v.magnitude_lr_scale, decay=False, **MAGNITUDE
     )
-    pairs_L: Int64[Tensor, "s_L 2"] = ParamSpec(trainable=False, **LEFT)
-    pairs_R: Int64[Tensor, "s_R 2"] = ParamSpec(trainable=False, **RIGHT)
-    active_L: Bool[Tensor, "s_L"] = ParamSpec(trainable=False, **LEFT)
-    active_R: Bool[Tensor, "s_R"] = ParamSpec(trainable=False, **RIGHT)
     support: Int64[Tensor, "2*k"] = ParamSpec(trainable=False, when=lambda v: v.core in SELECTED)
     row_norm: Float[Tensor, "d_out"] = ParamSpec(trainable=False, saved=False, **MAGNITUDE)
+    temperature: Float32[Tensor, ""] = ParamSpec(trainable=False, when=lambda v: v.anneals)
+
+    @classmethod
+    def recipe(cls, *names: str, **hyperparameters: Any) -> "JORA":
+        """A named setting, or several put together: JORA.recipe("paper", "no_rotation").
+
+        Raises: KeyError with the nearest names for an unknown one.
+        """
+        settings: dict[str, Any] = {}
+        for name in names:
+            if name not in RECIPES:
+                raise KeyError(f"{cls.name} has no recipe {name!r}; {nearest(name, RECIPES)}")
+            settings |= RECIPES[name]
+        return cls(**(settings | hyperparameters))
 
     def validate(self) -> None:
-        least = dict.fromkeys(("S_L", "S_R", "k", "max_angle", "theta_init_std"), 0)
-        least |= dict.fromkeys(("lr_theta", "lr_core", "magnitude_lr_scale"), 0)
-        least |= dict(block_size=1, lowrank_r=1)
+        super().validate()
+        least = dict(lr_core=0, magnitude_lr_scale=0, block_size=1, lowrank_r=1)
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be ≥ {bound}")
-        for name in ("oer_temperature", "ecd_temperature", "core_init_std"):
+        temperatures = ("oer_temperature", "ecd_temperature", "ecd_temp_start", "ecd_temp_end")
+        for name in (*temperatures, "core_init_std"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if abs(self.ecd_alpha) >= 1:
             raise ValueError(f"ecd_alpha={self.ecd_alpha} must be in (−1, 1): a row would vanish")
         if self.core in SELECTED and (self.clip, self.magnitude) != ("none", "none"):
             raise ValueError(f"core={self.core!r} goes with clip='none' and magnitude='none' only")
+        if self.core in SELECTED and self.observes and not self.t_stat:
+            raise ValueError(
+                f"core={self.core!r} belongs to pairs that stay; use t_stat ≥ 1, the steps after "
+                "which they are chosen for good, or selection='random'"
+            )
 
     def check(self, d_in: int, d_out: int) -> None:
-        room, active = sum(self.slots(d_in, d_out)), sum(self.active_pairs(d_in, d_out))
-        if self.k > room > 0:
-            raise ValueError(f"has room for {room} pairs in all, fewer than k={self.k}; lower k")
+        super().check(d_in, d_out)
+        active = sum(self.active_pairs(d_in, d_out))
         if self.core in SELECTED and d_in != d_out:
             raise ValueError(f"is {d_out}×{d_in}, and core={self.core!r} needs a square layer")
         if self.core in SELECTED and active != self.k:
             raise ValueError(
                 f"has {active} active pairs, and core={self.core!r} needs k={self.k}; "
-                "use selection='random', S_L or S_R above 0, and k ≥ 2 with both"
+                "use another selection than 'none', S_L or S_R above 0, and k ≥ 2 with both"
             )
 
-    @property
-    def sides(self) -> str:
-        """Which sides rotate: "LR", "L", "R" or none."""
-        left = self.S_L > 0 and self.single_sided != "right"
-        right = self.S_R > 0 and self.single_sided != "left"
-        return "L" * left + "R" * right
-
-    def slots(self, d_in: int, d_out: int) -> tuple[int, int]:
-        """How many pairs the left and the right hold."""
-        s_L, s_R = min(self.S_L, d_out // 2), min(self.S_R, d_in // 2)
-        return s_L * ("L" in self.sides), s_R * ("R" in self.sides)
-
-    def active_pairs(self, d_in: int, d_out: int) -> tuple[int, int]:
-        """How many pairs turn on the left and on the right: k in all, shared as S_L to S_R, at
-        least one a side; all of them where none is ever selected."""
-        s_L, s_R = self.slots(d_in, d_out)
-        if self.selection == "none" or self.k == 0:
-            return s_L, s_R
-        k_L = self.k * self.S_L // max(self.S_L + self.S_R, 1)
-        k_L = min(max(k_L, self.k - s_R, 1), s_L)
-        return k_L, min(max(self.k - k_L, 1), s_R)
+    def check_tensors(self, d_in: int, d_out: int, **t: Tensor) -> None:
+        super().check_tensors(d_in, d_out, **t)
+        if self.core in SELECTED and not torch.equal(
+            t["support"], self.support_of(d_in, d_out, **t)
+        ):
+            raise ValueError("has a support that is not its pairs' coordinates")
 
     def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
-        s_L, s_R = self.slots(d_in, d_out)
-        return dict(q=min(d_in, d_out), s_L=s_L, s_R=s_R)
+        return super().sizes(d_in, d_out) | dict(q=min(d_in, d_out))
+
+    @property
+    def anneals(self) -> bool:
+        return self.ecd_temp_annealing and self.magnitude != "none"
+
+    def scheduled(self) -> bool:
+        return super().scheduled() or self.anneals
+
+    def needs_total(self) -> str | None:
+        return super().needs_total() or ("ecd_temp_annealing=True" if self.anneals else None)
 
     @property
     def base_lr(self) -> float:
@@ -150,7 +151,7 @@ class JORA(Variant):
 
     def starts_as_identity(self) -> bool:
         if self.core in SELECTED:
-            return self.theta_init_std == 0
+            return self.theta_init_std == 0 or self.t_stat > 0
         return self.zero_init_core
 
     def nonlinear(self) -> str | None:
@@ -159,49 +160,56 @@ class JORA(Variant):
     def init(
         self, W: LinearBase, generator: torch.Generator, stats: Stats | None
     ) -> dict[str, Tensor]:
-        shapes = self.shapes(W.d_in, W.d_out)
-        theta = self.theta_init_std
-        theta = theta if self.force_random_rotation_init else min(theta, 1e-3)
-        core = self.core_init_std or (0.01 if self.core == "diag" else 0.1)
-        stds = dict.fromkeys(("theta_L", "theta_R"), theta) | dict(B=core)
-        stds |= dict.fromkeys(("d", "blocks", "rem", "A"), 0.0 if self.zero_init_core else core)
-        out = {
-            key: std * torch.randn(shapes[key], generator=generator)
-            for key, std in stds.items()
-            if key in shapes
-        }
-        turning = []
-        for side, d, k in zip("LR", (W.d_out, W.d_in), self.active_pairs(W.d_in, W.d_out)):
-            if side in self.sides:
-                pairs = random_pairs(d, k, len(out[f"theta_{side}"]), generator)
-                out |= {f"pairs_{side}": pairs, f"active_{side}": pairs[:, 0] >= 0}
-                turning.append(pairs[:k])
+        shapes, out = self.shapes(W.d_in, W.d_out), super().init(W, generator, stats)
+        std = self.core_init_std or (0.01 if self.core == "diag" else 0.1)
+        stds = dict(B=std) | dict.fromkeys(CORES, 0.0 if self.zero_init_core else std)
+        for key, std in stds.items():
+            if key in shapes:
+                out[key] = std * torch.randn(shapes[key], generator=generator)
         if self.core in SELECTED:
-            out["support"] = first_seen(torch.cat(turning).flatten())
+            out["support"] = self.support_of(W.d_in, W.d_out, **out)
         if self.magnitude != "none":
             out["row_norm"] = W.row_norms()
+        if self.anneals:
+            out["temperature"] = torch.tensor(self.ecd_temp_start)
         return out
+
+    def support_of(self, d_in: int, d_out: int, **t: Tensor) -> Int64[Tensor, " 2*{self.k}"]:
+        """The coordinates that turn, pair by pair and the left side's first; −1 where one would
+        come again, and for pairs that are still to be chosen."""
+        counts = zip("LR", self.active_pairs(d_in, d_out))
+        index = torch.cat([t[f"pairs_{side}"][:k] for side, k in counts if k]).flatten()
+        return index.masked_fill((index[:, None] == index).tril(-1).any(1), -1)
+
+    def step(self, tensors: dict[str, Tensor], now: Step) -> None:
+        super().step(tensors, now)
+        if self.core in SELECTED and self.observes:
+            d = len(tensors["ema_row" if "L" in self.sides else "ema_col"])
+            tensors["support"].copy_(self.support_of(d, d, **tensors))
+        if self.anneals:
+            tensors["temperature"].fill_(self.annealed(now.number, now.total))
+
+    def annealed(self, number: int, total: int) -> float:
+        """The temperature after so many optimizer steps."""
+        p = min(number / total, 1.0)
+        return (1 - p) * self.ecd_temp_start + p * self.ecd_temp_end
 
     def prepare(self, W: LinearBase, **t: Tensor) -> dict[str, Tensor]:
         out = {key: t[key] for key in ("d", "blocks", "rem", "A", "B") if key in t}
-        for side, d in zip("LR", (W.d_out, W.d_in)):
-            if side in self.sides:
-                pairs = torch.where(t[f"active_{side}"][:, None], t[f"pairs_{side}"], -1)
-                R = rotations(self.phi(t[f"theta_{side}"]))
-                out |= named(side, pair_tables(pairs, R, rest=1.0, d=d))
+        out |= self.tables(W.d_in, W.d_out, **t)
         if self.core in SELECTED:
             M = t["M"] if self.core == "coupled" else t["delta"].view(-1, 2).diag_embed()
             out |= named("M", pair_tables(t["support"].view(-1, 2), M, rest=0.0, d=W.d_in))
-        if self.magnitude == "oer_softmax":
-            out["s_1"] = oer_softmax(t["g_mag"], t["row_norm"], self.oer_temperature)
-        elif self.magnitude == "ecd_tanh":
-            out["s_1"] = ecd_tanh(t["g_mag"], t["row_norm"], self.ecd_temperature, self.ecd_alpha)
+        if self.magnitude != "none":
+            out["s_1"] = self.scale(**t)
         return out
 
-    def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """The angle of θ, in radians."""
-        phi = 2 * torch.atan(theta / 2) if self.rotation_param == "cayley" else theta
-        return self.max_angle * torch.tanh(phi / self.max_angle) if self.max_angle else phi
+    def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
+        """s − 1."""
+        if self.magnitude == "oer_softmax":
+            return oer_softmax(g_mag, row_norm, t.get("temperature", self.oer_temperature))
+        T = t.get("temperature", self.ecd_temperature)
+        return ecd_tanh(g_mag, row_norm, T, self.ecd_alpha)
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, **t: Tensor
@@ -250,10 +258,32 @@ class JORA(Variant):
         return F.pad(z, (0, n - z.shape[-1]))
 
 
-def first_seen(index: Int64[Tensor, " K"]) -> Int64[Tensor, " K"]:
-    """−1 in place of whatever stood earlier."""
-    return index.masked_fill((index[:, None] == index).tril(-1).any(1), -1)
-
-
-def named(suffix: str, tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    return {f"{letter}_{suffix}": table for letter, table in zip("csp", tables)}
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "readme": dict(zero_init_core=False, clip="tanh"),
+    "paper": dict(
+        S_L=96,
+        S_R=96,
+        k=24,
+        max_angle=0.1,
+        ema_beta=0.95,
+        update_interval=50,
+        zero_init_core=False,
+        oer_temperature=2.0,
+    ),
+    "diag": dict(core="diag"),
+    "block": dict(core="block"),
+    "lowrank": dict(core="lowrank"),
+    "selective": dict(core="selective", magnitude="none", t_stat=50),
+    "coupled": dict(core="coupled", magnitude="none", t_stat=50),
+    "no_rotation": dict(S_L=0, S_R=0),
+    "left": dict(single_sided="left"),
+    "right": dict(single_sided="right"),
+    "full_static": dict(selection="none"),
+    "random": dict(selection="random"),
+    "one_shot": dict(t_stat=50),
+    "no_magnitude": dict(magnitude="none"),
+    "ecd": dict(magnitude="ecd_tanh"),
+    "annealed": dict(ecd_temp_annealing=True),
+}
+RECIPES["design"] = RECIPES["paper"]

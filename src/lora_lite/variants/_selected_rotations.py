@@ -1,0 +1,250 @@
+"""Rotations in chosen pairs of coordinates: slots, angles, energies and their schedule."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from lora_lite.base import LinearBase
+from lora_lite.ops.givens import pair_tables, random_pairs, rotations
+from lora_lite.ops.selection import (
+    PAIRINGS,
+    disjoint,
+    ema_,
+    explore,
+    mean_square,
+    moved_share,
+    rebind,
+)
+from lora_lite.variant import ParamSpec, Stats, Step, Variant, zeros
+
+ENERGY = dict(L="ema_row", R="ema_col")
+
+LEFT = dict(when=lambda v: "L" in v.sides)
+RIGHT = dict(when=lambda v: "R" in v.sides)
+LEFT_STATISTIC = dict(trainable=False, when=lambda v: v.observes and "L" in v.sides)
+RIGHT_STATISTIC = dict(trainable=False, when=lambda v: v.observes and "R" in v.sides)
+THETA = dict(lr=lambda v: v.lr_theta / v.base_lr, decay=False)
+
+
+class SelectedRotations(Variant, abstract=True):
+    """R_L, R_R turn disjoint pairs of output and of input coordinates by φ = 2 atan(θ/2), or θ.
+
+    A side has S slots, each for a pair and its θ; of both sides' slots k turn. Where selection is
+    by energy (topk_ema: an average of x_i² on the right, of (dL/dy_i)² on the left), every
+    update_interval optimizer steps the slots go to the pairs of the highest. A pair that stays
+    keeps its slot and angle; one that enters starts from angle 0, also when it was there before,
+    so that only what leaves moves the function. With t_stat none turns until that step, and those
+    chosen then stay. random: k pairs from the seed, for good; none: all S, likewise.
+    """
+
+    S_L: int = 32
+    S_R: int = 32
+    k: int = 8
+    rotation_param: Literal["cayley", "angle"] = "cayley"
+    max_angle: float = 0.0
+    theta_init_std: float = 0.02
+    force_random_rotation_init: bool = True
+    single_sided: Literal["none", "left", "right"] = "none"
+    selection: Literal["topk_ema", "random", "none"] = "topk_ema"
+    ema_beta: float = 0.98
+    update_interval: int = 1
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    pairing_strategy: Literal["consecutive", "high_low"] = "consecutive"
+    use_gumbel: bool = False
+    gumbel_tau: float = 1.0
+    t_stat: int = 0
+    pairs_freeze_after_warmup: bool = False
+    lr_theta: float = 0.05
+
+    theta_L: Float[Tensor, "s_L"] = ParamSpec(**LEFT, **THETA)
+    theta_R: Float[Tensor, "s_R"] = ParamSpec(**RIGHT, **THETA)
+    pairs_L: Int64[Tensor, "s_L 2"] = ParamSpec(trainable=False, **LEFT)
+    pairs_R: Int64[Tensor, "s_R 2"] = ParamSpec(trainable=False, **RIGHT)
+    active_L: Bool[Tensor, "s_L"] = ParamSpec(trainable=False, **LEFT)
+    active_R: Bool[Tensor, "s_R"] = ParamSpec(trainable=False, **RIGHT)
+    ema_row: Float32[Tensor, "d_out"] = ParamSpec(zeros, averaged=True, **LEFT_STATISTIC)
+    ema_col: Float32[Tensor, "d_in"] = ParamSpec(zeros, averaged=True, **RIGHT_STATISTIC)
+    # Pairs that entered, pairs that left, and Σ of the share of the energy that leaving moved.
+    churn_L: Float32[Tensor, "3"] = ParamSpec(zeros, **LEFT_STATISTIC)
+    churn_R: Float32[Tensor, "3"] = ParamSpec(zeros, **RIGHT_STATISTIC)
+    frozen: Bool[Tensor, ""] = ParamSpec(trainable=False, when=lambda v: v.freezes)
+
+    def validate(self) -> None:
+        least = dict.fromkeys(("S_L", "S_R", "k", "max_angle", "theta_init_std", "lr_theta"), 0)
+        least |= dict(update_interval=1, warmup_steps=0, t_stat=0)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)} must be ≥ {bound}")
+        if self.gumbel_tau <= 0:
+            raise ValueError(f"gumbel_tau={self.gumbel_tau} must be positive")
+        if not 0 <= self.ema_beta < 1:
+            raise ValueError(f"ema_beta={self.ema_beta} must be in [0, 1)")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1]")
+        if self.t_stat and self.selection != "topk_ema":
+            raise ValueError(
+                f"t_stat={self.t_stat} gathers what selection='topk_ema' chooses by; the pairs of "
+                f"{self.selection!r} are there from the start"
+            )
+        if self.t_stat and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError(
+                f"t_stat={self.t_stat} is the warm-up itself; leave warmup_steps and warmup_ratio 0"
+            )
+
+    def check(self, d_in: int, d_out: int) -> None:
+        room = sum(self.slots(d_in, d_out))
+        if self.k > room > 0:
+            raise ValueError(f"has room for {room} pairs in all, fewer than k={self.k}; lower k")
+
+    def check_tensors(self, d_in: int, d_out: int, **t: Tensor) -> None:
+        for side, d in zip("LR", (d_out, d_in)):
+            if side in self.sides:
+                pairs, active = t[f"pairs_{side}"], t[f"active_{side}"]
+                if not disjoint(pairs, d):
+                    raise ValueError(
+                        f"has pairs_{side} that overlap or are not of coordinates 0 … {d - 1}"
+                    )
+                if (active & (pairs[:, 0] < 0)).any():
+                    raise ValueError(f"has active_{side} at slots that hold no pair")
+
+    @property
+    def sides(self) -> str:
+        """Which sides rotate: "LR", "L", "R" or none."""
+        left = self.S_L > 0 and self.single_sided != "right"
+        right = self.S_R > 0 and self.single_sided != "left"
+        return "L" * left + "R" * right
+
+    @property
+    def observes(self) -> bool:
+        """Whether pairs are chosen by energy."""
+        return self.selection == "topk_ema" and bool(self.k and self.sides)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether fewer than k pairs turn at first."""
+        grows = self.warmup_steps > 0 or self.warmup_ratio > 0
+        return grows and self.selection != "none" and bool(self.k and self.sides)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the pairs chosen by energy stay from some step on."""
+        return self.observes and (self.t_stat > 0 or self.pairs_freeze_after_warmup)
+
+    def scheduled(self) -> bool:
+        return self.observes or self.warms_up
+
+    def needs_total(self) -> str | None:
+        by_ratio = self.warms_up and self.warmup_ratio > 0
+        return f"warmup_ratio={self.warmup_ratio}" if by_ratio else None
+
+    def slots(self, d_in: int, d_out: int) -> tuple[int, int]:
+        """How many pairs the left and the right hold."""
+        s_L, s_R = min(self.S_L, d_out // 2), min(self.S_R, d_in // 2)
+        return s_L * ("L" in self.sides), s_R * ("R" in self.sides)
+
+    def allowed(self, number: int, total: int | None) -> int:
+        """How many pairs of both sides may turn after so many optimizer steps."""
+        if not self.warms_up:
+            return self.k
+        if self.warmup_ratio and total is None:
+            return 1
+        steps = max(self.warmup_steps, int(self.warmup_ratio * (total or 0)))
+        return max(1, self.k * min(number, steps) // steps) if steps else self.k
+
+    def share(self, k: int, s_L: int, s_R: int) -> tuple[int, int]:
+        """k pairs in all as S_L to S_R, at least one a side; every slot where none is selected."""
+        if self.selection == "none" or self.k == 0:
+            return s_L, s_R
+        k_L = k * self.S_L // max(self.S_L + self.S_R, 1)
+        k_L = min(max(k_L, k - s_R, 1), s_L)
+        return k_L, min(max(k - k_L, 1), s_R)
+
+    def active_pairs(self, d_in: int, d_out: int) -> tuple[int, int]:
+        """How many pairs turn on the left and on the right once the warm-up is over."""
+        return self.share(self.k, *self.slots(d_in, d_out))
+
+    def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
+        s_L, s_R = self.slots(d_in, d_out)
+        return dict(s_L=s_L, s_R=s_R)
+
+    def init(
+        self, W: LinearBase, generator: torch.Generator, stats: Stats | None
+    ) -> dict[str, Tensor]:
+        out, std = {}, self.theta_init_std
+        std = std if self.force_random_rotation_init else min(std, 1e-3)
+        slots = self.slots(W.d_in, W.d_out)
+        held, turning = self.share(self.k, *slots), self.share(self.allowed(0, None), *slots)
+        for i, (side, d) in enumerate(zip("LR", (W.d_out, W.d_in))):
+            if side in self.sides:
+                pairs = random_pairs(d, 0 if self.t_stat else held[i], slots[i], generator)
+                active = (torch.arange(slots[i]) < turning[i]) & (pairs[:, 0] >= 0)
+                theta = std * torch.randn(slots[i], generator=generator)
+                out |= {f"theta_{side}": theta, f"pairs_{side}": pairs, f"active_{side}": active}
+        return out | (dict(frozen=torch.tensor(False)) if self.freezes else {})
+
+    def tables(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, Tensor]:
+        """R_L and R_R by the tables c, s, p of `apply_pairs`."""
+        out = {}
+        for side, d in zip("LR", (d_out, d_in)):
+            if side in self.sides:
+                pairs = torch.where(t[f"active_{side}"][:, None], t[f"pairs_{side}"], -1)
+                R = rotations(self.phi(t[f"theta_{side}"]))
+                out |= named(side, pair_tables(pairs, R, rest=1.0, d=d))
+        return out
+
+    def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """The angle of θ, in radians."""
+        phi = 2 * torch.atan(theta / 2) if self.rotation_param == "cayley" else theta
+        return self.max_angle * torch.tanh(phi / self.max_angle) if self.max_angle else phi
+
+    def observe(self, x: Tensor, g: Tensor, **t: Tensor) -> None:
+        for side, sample in (("L", g), ("R", x)):
+            if side in self.sides:
+                ema_(t[ENERGY[side]], mean_square(sample), self.ema_beta)
+
+    def step(self, tensors: dict[str, Tensor], now: Step) -> None:
+        # What t_stat found without energies is tried again after as many steps.
+        if now.number % (self.t_stat or self.update_interval):
+            return
+        slots = [len(tensors[f"theta_{side}"]) if side in self.sides else 0 for side in "LR"]
+        k = dict(zip("LR", self.share(self.allowed(now.number, now.total), *slots)))
+        if self.observes:
+            self.select(tensors, k, now)
+        elif self.warms_up:
+            for side in self.sides:
+                active = tensors[f"active_{side}"]
+                turns = torch.arange(len(active), device=active.device) < k[side]
+                now.restart(tensors[f"theta_{side}"], turns & ~active)
+                active.copy_(turns)
+
+    def select(self, t: dict[str, Tensor], k: dict[str, int], now: Step) -> None:
+        """Give each side's slots to its k pairs of the highest energy, once there are energies."""
+        ready = torch.stack([t[ENERGY[side]].any() for side in self.sides]).all()
+        ready = ready & ~t["frozen"] if self.freezes else ready
+        generator = now.generator()
+        for side in self.sides:
+            names = ("theta", "pairs", "active", "churn")
+            theta, pairs, active, churn = (t[f"{name}_{side}"] for name in names)
+            scores = energy = t[ENERGY[side]]
+            if self.use_gumbel:
+                scores = explore(energy, self.gumbel_tau, generator)
+            chosen = PAIRINGS[self.pairing_strategy](scores, k[side])
+            slots = torch.where(ready, rebind(pairs, active, chosen), pairs)
+            turns = torch.where(ready, slots[:, 0] >= 0, active)
+            stays = active & turns & (slots == pairs).all(1)
+            entered, left = turns & ~stays, active & ~stays
+            moved = moved_share(energy, pairs, self.phi(theta), left)
+            counts = torch.stack([entered.sum(), left.sum(), moved])
+            churn += torch.where(ready, counts, 0)
+            now.restart(theta, entered)
+            pairs.copy_(slots)
+            active.copy_(turns)
+        if self.freezes and self.allowed(now.number, now.total) == self.k:
+            t["frozen"].logical_or_(ready)
+
+
+def named(suffix: str, tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    return {f"{letter}_{suffix}": table for letter, table in zip("csp", tables)}
