@@ -31,7 +31,11 @@ bench-variant variant *args: setup
 bench-all *args: setup
     {{ bin }}/lora-lite bench-all {{ args }}
 
-# Write README's table and the plot again from results/.
+# Time a training step with each method, beside the frozen model and PEFT: just cost --variants lora
+cost *args: setup
+    {{ bin }}/lora-lite cost {{ args }}
+
+# Write README's tables and the plots again from results/.
 report: setup
     {{ bin }}/lora-lite report
 

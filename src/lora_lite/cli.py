@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
+from lora_lite.bench import cost as costing
 from lora_lite.bench import digits, rows, runner
 from lora_lite.bench.settings import ALSO
 from lora_lite.variant import Variant, nearest, variant_class
 
-EXTRA = ("tyro", "rich", "sklearn", "matplotlib")
+EXTRA = ("tyro", "rich", "sklearn", "matplotlib", "transformers")
 
 
 class Refusal(Exception):
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands = {
             "bench": bench_usage,
             "bench-all": bench_all,
+            "cost": cost,
             "report": report,
             "variants": variants,
             "describe": describe,
@@ -136,8 +138,13 @@ def bench_all(
     _measure(fitting, protocol, results)
 
 
+def cost(options: costing.Options) -> None:
+    """Measure what a training step costs with each variant, beside the frozen model and PEFT."""
+    print(costing.table(costing.run(options)))
+
+
 def report(root: Path | None = None) -> None:
-    """Write README.md's table and docs/digits.png again from results/.
+    """Write README.md's tables and the plots in docs/ again from results/.
 
     Args:
         root: The source checkout; by default the one that this package runs from.

@@ -461,6 +461,8 @@ class Options:
         for name, least in dict(steps=1, warmup=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be ≥ {least}")
+        if not self.where.startswith(tuple(DEFAULT)):
+            raise ValueError(f"device={self.device!r} must be {' or '.join(DEFAULT)}")
         if kind(self.where) == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}: torch finds no CUDA device here")
         for name in self.variants:

@@ -1,10 +1,11 @@
-"""The README's table and the plot, from result files and nothing else."""
+"""The README's tables and the plots, from result files and nothing else."""
 
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lora_lite.bench import cost_report
 from lora_lite.bench.rows import Row, read
 from lora_lite.bench.runner import BASE, FULL, SWEEP_SEED, TASK, Protocol, plain
 
@@ -81,25 +82,32 @@ def notes(rows: list[Row]) -> str:
 
 
 def write(root: Path) -> None:
-    """Make a checkout's README block (in its place, or at the end) and docs/digits.png anew."""
+    """Make a checkout's README blocks (in their place, or at the end) and the plots anew."""
     path = root / "README.md"
     path.write_text(updated(path.read_text(encoding="utf-8"), root), encoding="utf-8")
     plot(read(root / "results", TASK), root / "docs/digits.png")
+    cost_report.write(root)
 
 
 def readme_is_current(root: Path) -> bool:
-    """Whether README.md's block is what the result files give."""
+    """Whether README.md's blocks are what the result files give, and docs/cost.md with them."""
     text = (root / "README.md").read_text(encoding="utf-8")
-    return BEGIN in text and updated(text, root) == text
+    return BEGIN in text and updated(text, root) == text and cost_report.is_current(root)
 
 
 def updated(text: str, root: Path) -> str:
-    """README.md's text with its block made anew from root/results."""
-    block = markdown(read(root / "results", TASK))
-    if BEGIN not in text or END not in text:
+    """README.md's text with its blocks made anew from root/results."""
+    text = _replaced(text, BEGIN, END, markdown(read(root / "results", TASK)))
+    if block := cost_report.markdown(root / "results"):
+        text = _replaced(text, cost_report.BEGIN, cost_report.END, block)
+    return text
+
+
+def _replaced(text: str, begin: str, end: str, block: str) -> str:
+    if begin not in text or end not in text:
         return f"{text.rstrip()}\n\n{block}\n"
-    before, rest = text.split(BEGIN, 1)
-    return before + block + rest.split(END, 1)[1]
+    before, rest = text.split(begin, 1)
+    return before + block + rest.split(end, 1)[1]
 
 
 def table(rows: list[Row], current: Iterable[str] = ()) -> Any:

@@ -165,15 +165,15 @@ def _frozen(
     return cls(model, x.requires_grad_(), y_grad, shape, device)
 
 
-def kind(device: str) -> str:
+def kind(device: str | torch.device) -> str:
     return torch.device(device).type
 
 
-def synchronise(device: str) -> None:
+def synchronise(device: str | torch.device) -> None:
     if kind(device) == "cuda":
         torch.cuda.synchronize(device)
 
 
-def now(device: str) -> float:
+def now(device: str | torch.device) -> float:
     synchronise(device)
     return time.perf_counter()
