@@ -43,6 +43,8 @@ class Adapter(nn.Module):
         self.site, self.variant, self.attachment = site, variant, attachment
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
+        self.prepares = type(variant).prepare is not Variant.prepare
+        self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
         for key, tensor in tensors.items():
             if not variant.specs[key].shared:
                 register(self, variant, key, tensor)
@@ -50,21 +52,20 @@ class Adapter(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the method at this layer, shared ones included, by their names."""
         return {
-            key: getattr(self.attachment.shared if self.variant.specs[key].shared else self, key)
-            for key in self.variant.tensor_names()
+            key: getattr(self.attachment.shared if shared else self, key)
+            for key, shared in self.keys
         }
 
     def forward(self, x: Tensor, W: Base, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self.variant, self.tensors()
         dtype = compute_dtype(x)
-        x = x.to(dtype)
-        if type(variant).prepare is not Variant.prepare:
+        x, tensors_in = x.to(dtype), tensors
+        if self.prepares:
             wide = torch.promote_types(dtype, torch.float32)
             with without_autocast(x.device.type):
                 tensors_in = variant.prepare(W, **cast(tensors, wide))
-        else:
-            tensors_in = tensors
-        tensors_in = cast(tensors_in, dtype)
+        if variant.casts:
+            tensors_in = cast(tensors_in, dtype)
         if self.strength != 1:
             below, z = W.below, W(x)
             W.below = lambda h, *rest: z if h is x else below(h, *rest)
@@ -202,7 +203,10 @@ def learning_rate_factor(variant: Variant, key: str) -> float:
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The floating-point tensors in another dtype, the others as they are."""
-    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+    return {
+        key: t.to(dtype) if t.dtype != dtype and t.is_floating_point() else t
+        for key, t in tensors.items()
+    }
 
 
 def autocasting(kind: str) -> bool:

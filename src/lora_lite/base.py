@@ -95,6 +95,24 @@ class LinearBase(Base):
             weight = weight.detach().clone() if _offloaded(self.layer) else weight.detach()
         return weight.T if self.transposed else weight
 
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether W(x) is x Wᵀ + b by this layer's own tensors in x's dtype, and nothing else: no
+        adapter beneath, no forward of another kind (quantised, offloaded, sharded), no gradient."""
+        layer, weight = self.layer, self.layer.weight
+        return (
+            self.below == getattr(layer, "frozen", None)
+            and layer.instance_forward is None
+            and self.reads_plainly(layer.base_class)
+            and type(weight) in (Tensor, nn.Parameter)
+            and weight.dtype == x.dtype
+            and not any(p.requires_grad for p in (weight, layer.bias) if p is not None)
+        )
+
+    @classmethod
+    def reads_plainly(cls, kind: type[nn.Module]) -> bool:
+        """Whether layers of this class have the forward that `is_plain` speaks of."""
+        return kind.forward is nn.Linear.forward
+
     def less_bias(self, z: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
         """z − b, in z's dtype."""
         return z if self.bias is None else z - self.bias.to(z.dtype)
@@ -156,6 +174,10 @@ class Conv1DBase(LinearBase):
             c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
             for c in type(layer).__mro__
         )
+
+    @classmethod
+    def reads_plainly(cls, kind: type[nn.Module]) -> bool:
+        return kind.forward.__module__ == "transformers.pytorch_utils"
 
     @property
     def d_in(self) -> int:

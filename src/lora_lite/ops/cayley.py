@@ -1,8 +1,16 @@
-"""Small rotations from skew-symmetric matrices."""
+"""Small rotations from skew-symmetric matrices, as what they differ from the identity by.
+
+R − I is what is stored and cast: near the identity it keeps its digits where R would lose them.
+"""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MOST_COLUMNS = 64
 
 
 def skew(q: Float[Tensor, "*batch e"], b: int) -> Float[Tensor, "*batch {b} {b}"]:
@@ -13,19 +21,53 @@ def skew(q: Float[Tensor, "*batch e"], b: int) -> Float[Tensor, "*batch {b} {b}"
     return Q.unflatten(-1, (b, b))
 
 
-def cayley(Q: Float[Tensor, "*batch b b"]) -> Float[Tensor, "*batch b b"]:
-    """R = (I + Q)(I − Q)⁻¹: orthogonal with determinant +1 for skew-symmetric Q."""
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return torch.linalg.solve(eye - Q, eye + Q)
+def cayley(q: Float[Tensor, "n e"], b: int) -> Float[Tensor, "n {b} {b}"]:
+    """R − I = 2 Q (I − Q)⁻¹ for R = (I + Q)(I − Q)⁻¹, Q = skew(q): a rotation."""
+    if has_kernel(q, b):
+        return _Rotation.apply(q, b, None)
+    Q = skew(q, b)
+    eye = torch.eye(b, dtype=Q.dtype, device=Q.device)
+    # Never singular, so nothing need be checked, which would wait for the device.
+    return torch.linalg.solve_ex(eye - Q, 2 * Q).result
 
 
-def cayley_neumann(Q: Float[Tensor, "*batch b b"], terms: int) -> Float[Tensor, "*batch b b"]:
-    """R ≈ (I + Q)(I + Q + … + Q^(terms−2)), the Neumann series of the Cayley transform.
+def cayley_neumann(q: Float[Tensor, "n e"], b: int, terms: int) -> Float[Tensor, "n {b} {b}"]:
+    """R − I for R = (I + Q)(I + Q + … + Q^(terms−2)), the Neumann series of the Cayley transform.
 
     Qiu et al. 2025, arXiv:2506.19847, §3.3.
     """
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    series = eye
+    if has_kernel(q, b):
+        return _Rotation.apply(q, b, terms)
+    Q = skew(q, b)
+    U = torch.zeros_like(Q)
     for _ in range(terms - 2):
-        series = eye + Q @ series
-    return series + Q @ series
+        U = Q + Q @ U
+    return U + Q + Q @ U
+
+
+def has_kernel(q: Tensor, b: int) -> bool:
+    """Whether the kernel serves q; the compiler fuses the plain form by itself."""
+    return (
+        q.is_cuda
+        and q.dtype == torch.float32
+        and 2 <= b <= MOST_COLUMNS
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, b: int, terms: int | None) -> Tensor:
+        from lora_lite.ops import cayley_kernels
+
+        R_1, X = cayley_kernels.rotation(q.contiguous(), b, terms)
+        ctx.save_for_backward(q if X is None else X)
+        ctx.terms = terms
+        return R_1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None]:
+        from lora_lite.ops import cayley_kernels
+
+        return cayley_kernels.backward(G.contiguous(), *ctx.saved_tensors, ctx.terms), None, None

@@ -1,28 +1,168 @@
 """The low-rank product that LoRA and its kin add to a layer."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_lite.base import LinearBase
+from lora_lite.ops.skinny import (
+    down,
+    down_and_outer,
+    outer,
+    scaled_down_and_outer,
+    scaled_up,
+    up,
+)
 
 
 def low_rank(
     x: Float[Tensor, "*batch d_in"],
     A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    core: float | Callable[[Tensor], Tensor] = 1.0,
+    B: Float[Tensor, "d_out q"],
+    core: float | Float[Tensor, "q r"] = 1.0,
 ) -> Float[Tensor, "*batch d_out"]:
-    """B core(A x), core a factor or a linear map of the r coordinates.
+    """B core A x in x's dtype, core a factor or a small matrix.
 
     Nothing wider than r is made besides the result.
     """
+    A, B = A.to(x.dtype), B.to(x.dtype)
     if x.dtype == torch.float16:
         # A x can pass 65504 where W x does not, and a zero B would turn the infinity into NaN:
         # for rows of A of norm ≤ 1 a factor √d moved to B keeps it finite.
         c = 2.0 ** math.ceil(math.log2(max(A.shape[1], B.shape[0])) / 2)
         A, B = A / c, B * c
     h = x @ A.T
-    h = core(h) if callable(core) else h if core == 1 else h * core
-    return h @ B.T
+    if isinstance(core, Tensor):
+        return (h @ core.to(x.dtype).T) @ B.T
+    return (h if core == 1 else h * core) @ B.T
+
+
+def add_low_rank(
+    W: LinearBase,
+    x: Float[Tensor, "*batch d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out q"],
+    core: float | Float[Tensor, "q r"] = 1.0,
+    v: Float[Tensor, "*batch d_in"] | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """W(x) + B core A v, core a factor or a small matrix, v being x unless given.
+
+    On CUDA the layer's own product accumulates onto the small one, forward and backward, so that
+    the update makes no pass over the output or the input's gradient of its own. Keeps x where A
+    trains, and A x.
+    """
+    if (v is not None and v is not x) or not accumulates(W, x):
+        return W(x) + low_rank(x if v is None else v, A, B, core)
+    if isinstance(core, Tensor):
+        return _AddCore.apply(x, W.weight, W.bias, A, B, core)
+    return _AddLowRank.apply(x, W.weight, W.bias, A, B, core)
+
+
+def scaled_add_low_rank(
+    W: LinearBase,
+    x: Float[Tensor, "*batch d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    scale: float,
+    g_1: Float[Tensor, " d_out"],
+    v: Float[Tensor, "*batch d_in"] | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """(1 + g_1) ⊙ (W x + scale · B A v) + b, v being x unless given.
+
+    On CUDA one pass scales the output where it lies, and one pass over its gradient serves g_1, A
+    and B. Keeps x, A x and the output, which the layer above keeps anyway (with a bias, its own).
+    """
+    if (v is None or v is x) and accumulates(W, x):
+        return _ScaledAddLowRank.apply(x, W.weight, W.bias, A, B, scale, g_1)
+    z, v = W(x), low_rank(x if v is None else v, A, B, scale)
+    return z + v + g_1.to(x.dtype) * (W.less_bias(z) + v)
+
+
+def accumulates(W: LinearBase, x: Tensor) -> bool:
+    """Whether W's product may be taken apart: a plain CUDA layer in eager mode. The compiler
+    fuses the plain form by itself; in float16 that form guards against overflow."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and not torch.compiler.is_compiling()
+        and W.is_plain(x)
+    )
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = down(rows, A, scale)
+        ctx.save_for_backward(rows, W, A, B, h)
+        ctx.scale = scale
+        return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
+        dp, dB = down_and_outer(dy, B, h, ctx.scale)
+        dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, outer(x, dp, A.dtype).T, dB, None
+
+
+class _AddCore(torch.autograd.Function):
+    """With a core that trains between factors that do not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, core: Tensor
+    ) -> Tensor:
+        rows, (A, B, M) = x.reshape(-1, x.shape[-1]), (t.to(x.dtype) for t in (A, B, core))
+        p = rows @ A.T
+        ctx.save_for_backward(p, W, A, B, M)
+        ctx.dtype = core.dtype
+        return up(p @ M.T, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        p, W, A, B, M = ctx.saved_tensors
+        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
+        dh = dy @ B
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = up(dh @ M, A.T).addmm_(dy, W).view(shape)
+        return dx, None, None, None, None, (dh.T @ p).to(ctx.dtype)
+
+
+class _ScaledAddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        g_1: Tensor,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = down(rows, A, scale)
+        y, out = scaled_up(rows @ W.T, h, B, g_1, b)
+        ctx.save_for_backward(rows, W, A, B, h, g_1, out)
+        ctx.scale, ctx.biased = scale, b is not None
+        return y.view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h, g_1, out = ctx.saved_tensors
+        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
+        du, dp, dB, dg = scaled_down_and_outer(dy, out, B, h, g_1, ctx.scale, not ctx.biased)
+        dx = up(dp, A.T).addmm_(du, W).view(shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, outer(x, dp, A.dtype).T, dB, None, dg

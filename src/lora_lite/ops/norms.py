@@ -5,9 +5,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.skinny import MOST_ROWS
 
 RECHECKED_ROWS = 16
 CANCELLED = 1e-3
+
+
+def has_kernel(W: LinearBase, A: Tensor) -> bool:
+    """Whether the kernel serves W."""
+    weight = W.layer.weight
+    return (
+        weight.is_cuda
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and A.dtype == torch.float32
+        and len(A) <= MOST_ROWS
+        and not torch.compiler.is_compiling()
+    )
 
 
 @torch.no_grad()
@@ -16,14 +30,21 @@ def low_rank_row_norms(
     B: Float[Tensor, "d_out r"],
     A: Float[Tensor, "r d_in"],
     norms: Float[Tensor, " d_out"],
+    scale: float = 1.0,
 ) -> Float[Tensor, " d_out"]:
-    """‖(W + B A)_i‖₂ of each row, a constant to autograd; `norms` are W's own.
+    """‖(W + scale · B A)_i‖₂ of each row, a constant to autograd; `norms` are W's own.
 
     ‖w_i + b_i A‖² = ‖w_i‖² + 2 b_i·(A w_i) + b_i (A Aᵀ) b_iᵀ costs r rows through the frozen layer
     and no d_out × d_in temporary. Where B A cancels nearly all of a row the expansion loses its
     digits, so the 16 rows that shrank most are summed directly: a fixed number, so that no
-    decision waits for the device. Rows with a zero b_i keep their norm bit for bit.
+    decision waits for the device. Rows with a zero b_i keep their norm bit for bit. On CUDA one
+    pass over W sums every row directly.
     """
+    if has_kernel(W, A):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.row_norms(W.weight, B, A, scale, norms)
+    B = scale * B
     eps = torch.finfo(norms.dtype).eps
     w_sq = norms.square()
     WAt = W.linear(A).T.to(A.dtype)

@@ -23,6 +23,8 @@ class SingularBasis(Variant, abstract=True):
     r: int = 256
     act_pool: Literal["rms", "mean_abs"] = "rms"
 
+    casts = False
+
     U: Float[Tensor, "d_out r"] = ParamSpec(trainable=False)
     S: Float[Tensor, "r"] = ParamSpec(trainable=False)
     Vh: Float[Tensor, "r d_in"] = ParamSpec(trainable=False)

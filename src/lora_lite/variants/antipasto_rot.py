@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import block_columns
-from lora_lite.ops.cayley import cayley, skew
-from lora_lite.ops.low_rank import low_rank
+from lora_lite.ops.blocks import block_diagonal
+from lora_lite.ops.cayley import cayley
+from lora_lite.ops.low_rank import add_low_rank
 from lora_lite.variant import ParamSpec, Stats, divisors, zeros
 from lora_lite.variants._singular_basis import SingularBasis
 
@@ -67,9 +67,9 @@ class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
         return dict(super().init(W, generator, stats), delta_s=delta_s)
 
     def rotation(self, P: Tensor) -> Float[Tensor, "n b b"]:
+        """R − I."""
         L = 2 * math.tan(self.max_rotation_angle / 2)
-        A = skew(P, self.block_size) / 2
-        return cayley(L * torch.tanh(A / L) / 2)
+        return cayley(L * torch.tanh(P / (2 * L)) / 2, self.block_size)
 
     def prepare(
         self,
@@ -82,18 +82,18 @@ class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
         rot_T_u: Tensor | None = None,
     ) -> dict[str, Tensor]:
         if rot_T is None:
-            return dict(U=U, Vh=Vh, core=delta_s[:, None, None])
-        R = self.rotation(rot_T)
-        R_U = self.rotation(rot_T_u) if rot_T_u is not None else R
+            return dict(U=U, Vh=Vh, core=torch.diag(delta_s))
         S, delta_s = S.view(-1, self.block_size), delta_s.view(-1, self.block_size)
-        core = torch.diag_embed(S + delta_s)
-        if self.rotate_basis in ("V", "both"):
-            core = core @ R
-        if self.rotate_basis in ("U", "both"):
-            core = R_U.mT @ core
-        return dict(U=U, Vh=Vh, core=core - torch.diag_embed(S))
+        # R_Uᵀ diag(S+δ) R_V − diag(S), without a difference of large terms.
+        gains, core = torch.diag_embed(S + delta_s), torch.diag_embed(delta_s)
+        if self.rotate_basis != "U":
+            core = core + gains @ self.rotation(rot_T)
+        if self.rotate_basis != "V":
+            R_U_1 = self.rotation(rot_T if rot_T_u is None else rot_T_u)
+            core = core + R_U_1.mT @ (core + torch.diag_embed(S))
+        return dict(U=U, Vh=Vh, core=block_diagonal(core))
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return W(x) + low_rank(x, Vh, U, core=lambda p: block_columns(p, core))
+        return add_low_rank(W, x, Vh, U, core)

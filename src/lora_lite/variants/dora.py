@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.low_rank import low_rank
+from lora_lite.ops.low_rank import scaled_add_low_rank
 from lora_lite.ops.norms import low_rank_row_norms
 from lora_lite.variant import ParamSpec, Stats
 from lora_lite.variants.lora import LoRA
@@ -39,12 +39,11 @@ class DoRA(LoRA):
     def prepare(
         self, W: LinearBase, A: Tensor, B: Tensor, m: Tensor, m0: Tensor
     ) -> dict[str, Tensor]:
-        norms = low_rank_row_norms(W, self.s * B, A, m0)
+        norms = low_rank_row_norms(W, B, A, m0, self.s)
         return dict(A=A, B=B, g_1=m / norms - 1)
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor, g_1: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        z = W(x)
-        v = low_rank(F.dropout(x, self.dropout, W.training), A, B, self.s)
-        return z + v + g_1 * (W.less_bias(z) + v)
+        v = F.dropout(x, self.dropout, W.training)
+        return scaled_add_low_rank(W, x, A, B, self.s, g_1, v)

@@ -1,11 +1,12 @@
 """Diagonal plus low rank in the singular basis."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.low_rank import low_rank
+from lora_lite.ops.low_rank import add_low_rank
 from lora_lite.variant import ParamSpec, kaiming_uniform, zeros
 from lora_lite.variants._singular_basis import SingularBasis
 
@@ -38,16 +39,10 @@ class DPLR(SingularBasis, aliases=("antipasto_dplr",)):
         self, W: LinearBase, U: Tensor, S: Tensor, Vh: Tensor, g: Tensor, A: Tensor, B: Tensor
     ) -> dict[str, Tensor]:
         g = g.clamp(max=0) if self.suppress_only else g
-        return dict(U=U, Vh=Vh, gain=S * F.elu(self.coeff * g), A=A, B=self.coeff * B)
+        core = torch.diag(S * F.elu(self.coeff * g)) + self.coeff * B @ A
+        return dict(U=U, Vh=Vh, core=core)
 
     def forward(
-        self,
-        x: Float[Tensor, "*batch d_in"],
-        W: LinearBase,
-        U: Tensor,
-        Vh: Tensor,
-        gain: Tensor,
-        A: Tensor,
-        B: Tensor,
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return W(x) + low_rank(x, Vh, U, core=lambda p: p * gain + (p @ A.T) @ B.T)
+        return add_low_rank(W, x, Vh, U, core)

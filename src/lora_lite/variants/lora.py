@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.low_rank import low_rank
+from lora_lite.ops.low_rank import add_low_rank
 from lora_lite.variant import ParamSpec, Variant, kaiming_uniform, zeros
 
 
@@ -26,6 +26,8 @@ class LoRA(Variant):
     rslora: bool = False
     dropout: float = 0.0
 
+    casts = False
+
     A: Float[Tensor, "r d_in"] = ParamSpec(kaiming_uniform)
     B: Float[Tensor, "d_out r"] = ParamSpec(zeros)
 
@@ -40,7 +42,7 @@ class LoRA(Variant):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return W(x) + low_rank(F.dropout(x, self.dropout, W.training), A, B, self.s)
+        return add_low_rank(W, x, A, B, self.s, F.dropout(x, self.dropout, W.training))
 
 
 class RsLoRA(LoRA):

@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import block_rows
-from lora_lite.ops.cayley import cayley, cayley_neumann, skew
+from lora_lite.ops.blocks import add_block_rows
+from lora_lite.ops.cayley import cayley, cayley_neumann
 from lora_lite.variant import ParamSpec, Step, Variant, divisors, zeros
 
 
@@ -63,13 +63,13 @@ class OFT(Variant):
             )
 
     def prepare(self, W: LinearBase, q: Tensor) -> dict[str, Tensor]:
-        Q = skew(q, self.sizes(W.d_in, W.d_out)["b"])
-        return dict(R=cayley(Q) if self.exact else cayley_neumann(Q, self.terms))
+        b = self.sizes(W.d_in, W.d_out)["b"]
+        return dict(R_1=cayley(q, b) if self.exact else cayley_neumann(q, b, self.terms))
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, R: Tensor
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, R_1: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return W(block_rows(x, R))
+        return W(add_block_rows(x, R_1))
 
     def scheduled(self) -> bool:
         return self.coft

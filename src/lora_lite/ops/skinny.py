@@ -1,0 +1,109 @@
+"""Products with a side of few rows, one pass over the long tensor each.
+
+Each has a plain form, which defines it, and a Triton kernel for CUDA tensors of many tokens. The
+small factors may be wider floats than the tokens; they are cast where they are read.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MOST_ROWS = 128
+LEAST_TOKENS = 256
+
+
+def down(
+    x: Float[Tensor, "T d"], A: Float[Tensor, "r d"], scale: float = 1.0
+) -> Float[Tensor, "T r"]:
+    """scale · x Aᵀ."""
+    if has_kernel(x, len(A)):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.down(x, A, scale)
+    h = x @ A.to(x.dtype).T
+    return h if scale == 1 else h * scale
+
+
+def up(
+    h: Float[Tensor, "T r"], B: Float[Tensor, "n r"], b: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "T n"]:
+    """h Bᵀ + b."""
+    if has_kernel(h, h.shape[1]):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.up(h, B, b)
+    B = B.to(h.dtype)
+    return h @ B.T if b is None else torch.addmm(b, h, B.T)
+
+
+def outer(
+    g: Float[Tensor, "T n"], h: Float[Tensor, "T r"], dtype: torch.dtype
+) -> Float[Tensor, "n r"]:
+    """gᵀ h, summed over the tokens."""
+    if has_kernel(g, h.shape[1]):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.outer(g, h, dtype)
+    return (g.T @ h).to(dtype)
+
+
+def down_and_outer(
+    g: Float[Tensor, "T n"], B: Float[Tensor, "n r"], h: Float[Tensor, "T r"], scale: float = 1.0
+) -> tuple[Float[Tensor, "T r"], Float[Tensor, "n r"]]:
+    """(scale · g B, gᵀ h): what y = h Bᵀ, h = scale · p, gives back to p and to B."""
+    if has_kernel(g, h.shape[1]):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.down_and_outer(g, B, h, scale)
+    dp = g @ B.to(g.dtype)
+    return dp if scale == 1 else dp * scale, (g.T @ h).to(B.dtype)
+
+
+def scaled_up(
+    z: Float[Tensor, "T n"],
+    h: Float[Tensor, "T r"],
+    B: Float[Tensor, "n r"],
+    g_1: Float[Tensor, " n"],
+    b: Float[Tensor, " n"] | None,
+) -> tuple[Float[Tensor, "T n"], Float[Tensor, "T n"]]:
+    """(y, u) with u = z + h Bᵀ and y = (1 + g_1) ⊙ u + b; without a bias y alone, twice. Takes
+    z's memory."""
+    if has_kernel(z, h.shape[1]):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.scaled_up(z, h, B, g_1, b)
+    u = z.addmm_(h, B.to(z.dtype).T)
+    y = u + g_1.to(u.dtype) * u
+    return (y, y) if b is None else (y + b, u)
+
+
+def scaled_down_and_outer(
+    dy: Float[Tensor, "T n"],
+    out: Float[Tensor, "T n"],
+    B: Float[Tensor, "n r"],
+    h: Float[Tensor, "T r"],
+    g_1: Float[Tensor, " n"],
+    scale: float,
+    scaled: bool,
+) -> tuple[Float[Tensor, "T n"], Float[Tensor, "T r"], Float[Tensor, "n r"], Float[Tensor, " n"]]:
+    """(du, scale · du B, duᵀ h, Σ_t dy ⊙ u) for du = (1 + g_1) ⊙ dy, where `out` is u, or if
+    `scaled` (1 + g_1) ⊙ u, in which u keeps all its digits however small the factor."""
+    if has_kernel(dy, h.shape[1]):
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.scaled_down_and_outer(dy, out, B, h, g_1, scale, scaled)
+    du = dy + g_1.to(dy.dtype) * dy
+    dg = (dy * out).sum(0, dtype=g_1.dtype)
+    if scaled:
+        dg = torch.where(g_1 == -1, 0, dg / (1 + g_1))
+    return du, du @ B.to(du.dtype) * scale, (du.T @ h).to(B.dtype), dg
+
+
+def has_kernel(x: Tensor, rows: int) -> bool:
+    """Whether the kernel serves x: 16-bit floats on CUDA, few rows, and tokens to spread."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and 0 < rows <= MOST_ROWS
+        and len(x) >= LEAST_TOKENS
+    )

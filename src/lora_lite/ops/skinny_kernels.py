@@ -1,0 +1,301 @@
+"""Triton kernels of `skinny`. Sums run in float32 in a fixed order, so results repeat."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
+    x, A = rows_together(x), A.contiguous()
+    (T, d), r = x.shape, len(A)
+    h = x.new_empty(T, r)
+    block_t = 32
+    _down[(triton.cdiv(T, block_t),)](
+        x, A, h, T, d, r, x.stride(0), scale,
+        block_t=block_t, block_d=256 if r <= 32 else 64, block_r=block_rows(r),
+        num_warps=4, num_stages=5 if r <= 32 else 3,
+    )  # fmt: skip
+    return h
+
+
+def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
+    h = h.contiguous()
+    (T, r), n = h.shape, len(B)
+    y = h.new_empty(T, n)
+    block_t, block_n = 64, 128
+    _up[triton.cdiv(T, block_t), triton.cdiv(n, block_n)](
+        h, B, h if b is None else b, y, T, n, r, *B.stride(),
+        biased=b is not None, block_t=block_t, block_n=block_n, block_r=block_rows(r), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    g, h = rows_together(g), h.contiguous()
+    (T, n), r = g.shape, h.shape[1]
+    block_n = 64
+    tiles = triton.cdiv(n, block_n)
+    splits = max(1, min(triton.cdiv(T, 256), triton.cdiv(PROGRAMS, tiles)))
+    parts = g.new_empty(splits, n, r, dtype=torch.float32)
+    _outer[tiles, splits](
+        g, h, parts, T, n, r, triton.cdiv(T, splits), g.stride(0),
+        block_t=64, block_n=block_n, block_r=block_rows(r), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return fold((parts, dtype))[0]
+
+
+def down_and_outer(g: Tensor, B: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _, dp, dB, *_ = _both(g, None, B, h, None, scale, False)
+    return dp, dB
+
+
+def scaled_down_and_outer(
+    dy: Tensor, out: Tensor, B: Tensor, h: Tensor, g_1: Tensor, scale: float, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _both(dy, out, B, h, g_1, scale, scaled)
+
+
+def _both(
+    g: Tensor,
+    out: Tensor | None,
+    B: Tensor,
+    h: Tensor,
+    g_1: Tensor | None,
+    scale: float,
+    divide: bool,
+) -> tuple[Tensor, ...]:
+    g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
+    (T, n), r, scaled = g.shape, h.shape[1], out is not None
+    block_t, block_n = 128 if scaled or r > 32 else 256, 64 if r <= 64 else 32
+    rows = triton.cdiv(T, block_t)
+    splits = max(1, min(triton.cdiv(n, block_n), triton.cdiv(PROGRAMS // 2, rows)))
+    columns = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
+    dp = g.new_empty(splits, T, r, dtype=torch.float32)
+    dB = g.new_empty(rows, n, r, dtype=torch.float32)
+    du = torch.empty_like(g) if scaled else g
+    sums = g.new_empty(rows, n, dtype=torch.float32) if scaled else dp
+    _down_and_outer[rows, splits](
+        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
+        T, n, r, columns, scale,
+        scaled=scaled, divide=divide,
+        block_t=block_t, block_n=block_n, block_r=block_rows(r), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    parts = [(dp, g.dtype), (dB, B.dtype)] + ([(sums, g_1.dtype)] if scaled else [])
+    return du, *fold(*parts)
+
+
+def scaled_up(
+    z: Tensor, h: Tensor, B: Tensor, g_1: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    h, B = h.contiguous(), B.contiguous()
+    (T, n), r, biased = z.shape, h.shape[1], b is not None
+    y = torch.empty_like(z) if biased else z
+    block_t, block_n = 64, 128
+    _scaled_up[triton.cdiv(T, block_t), triton.cdiv(n, block_n)](
+        z, h, B, g_1, b if biased else g_1, y, T, n, r,
+        biased=biased, block_t=block_t, block_n=block_n, block_r=block_rows(r), num_warps=4,
+    )  # fmt: skip
+    return y, z
+
+
+def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> Tensor:
+    """‖(W + scale · B A)_i‖, with `norms` where B's row is zero."""
+    (n, d), r = W.shape, len(A)
+    out = torch.empty_like(norms)
+    block_i = 32
+    _row_norms[(triton.cdiv(n, block_i),)](
+        W, B.contiguous(), A.contiguous(), norms, out, n, d, r, *W.stride(), scale,
+        precision="ieee" if W.dtype == torch.float32 else "tf32",
+        block_i=block_i, block_j=128, block_r=block_rows(r), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
+    """The sums of up to three float32 tensors over their first axis, each in a dtype, in one
+    launch."""
+    out = [p.new_empty(p.shape[1:], dtype=dtype) for p, dtype in parts]
+    last = len(parts) - 1
+    arguments, ends, block = [], [], 512
+    for k in range(3):
+        part, sums = parts[min(k, last)][0], out[min(k, last)]
+        programs = triton.cdiv(sums.numel(), block) if k <= last else 0
+        ends.append(programs + (ends[-1] if ends else 0))
+        arguments += [part, sums, len(part), sums.numel()]
+    _fold[(ends[-1],)](*arguments, ends[0], ends[1], block=block, num_warps=4)
+    return out
+
+
+# About two programs for each multiprocessor of a large GPU.
+PROGRAMS = 264
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """x with neighbouring numbers in each row; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def block_rows(r: int) -> int:
+    """The least tile of at least r rows that the matrix units take."""
+    return max(16, triton.next_power_of_2(r))
+
+
+@triton.jit
+def _down(
+    x, A, h, T, d, r, stride, scale,
+    block_t: tl.constexpr, block_d: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
+    k, q = tl.arange(0, block_d), tl.arange(0, block_r)
+    total = tl.zeros((block_t, block_r), tl.float32)
+    for first in range(0, d, block_d):
+        column = first + k
+        x_tile = tl.load(
+            x + t[:, None] * stride + column, mask=(t[:, None] < T) & (column < d), other=0.0
+        )
+        A_tile = tl.load(
+            A + q[None, :] * d + column[:, None], mask=(q < r) & (column[:, None] < d), other=0.0
+        )
+        total = tl.dot(x_tile, A_tile.to(x_tile.dtype), total)
+    out = (total * scale).to(h.dtype.element_ty)
+    tl.store(h + t[:, None] * r + q, out, mask=(t[:, None] < T) & (q < r))
+
+
+@triton.jit
+def _up(
+    h, B, b, y, T, n, r, B_row, B_column,
+    biased: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
+    i = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    q = tl.arange(0, block_r)
+    h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < T) & (q < r), other=0.0)
+    at = B + i[None, :] * B_row + q[:, None] * B_column
+    B_tile = tl.load(at, mask=(i < n) & (q[:, None] < r), other=0.0)
+    out = tl.dot(h_tile, B_tile.to(h_tile.dtype))
+    if biased:
+        out += tl.load(b + i, mask=i < n, other=0.0).to(tl.float32)
+    inside = (t[:, None] < T) & (i < n)
+    tl.store(y + t[:, None] * n + i, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _fold(
+    one, out_one, parts_one, size_one, two, out_two, parts_two, size_two,
+    three, out_three, parts_three, size_three, end_one, end_two, block: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < end_one:
+        _fold_block(one, out_one, parts_one, size_one, program, block)
+    elif program < end_two:
+        _fold_block(two, out_two, parts_two, size_two, program - end_one, block)
+    else:
+        _fold_block(three, out_three, parts_three, size_three, program - end_two, block)
+
+
+@triton.jit
+def _fold_block(parts, out, count, size, program, block: tl.constexpr):
+    at = program * block + tl.arange(0, block)
+    total = tl.zeros((block,), tl.float32)
+    for part in range(count):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _row_norms(
+    W, B, A, norms, out, n, d, r, W_row, W_column, scale, precision: tl.constexpr,
+    block_i: tl.constexpr, block_j: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * block_i + tl.arange(0, block_i)
+    q, k = tl.arange(0, block_r), tl.arange(0, block_j)
+    B_tile = tl.load(B + i[:, None] * r + q, mask=(i[:, None] < n) & (q < r), other=0.0)
+    total = tl.zeros((block_i, block_j), tl.float32)
+    for first in range(0, d, block_j):
+        j = first + k
+        A_tile = tl.load(A + q[:, None] * d + j, mask=(q[:, None] < r) & (j < d), other=0.0)
+        at = W + i[:, None].to(tl.int64) * W_row + j * W_column
+        w = tl.load(at, mask=(i[:, None] < n) & (j < d), other=0.0).to(tl.float32)
+        w += scale * tl.dot(B_tile, A_tile, input_precision=precision)
+        total += w * w
+    moved = tl.max(tl.abs(B_tile), 1) > 0
+    norm = tl.where(moved, tl.sqrt(tl.sum(total, 1)), tl.load(norms + i, mask=i < n, other=0.0))
+    tl.store(out + i, norm, mask=i < n)
+
+
+@triton.jit
+def _outer(
+    g, h, part, T, n, r, tokens, stride,
+    block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    split = tl.program_id(1)
+    q = tl.arange(0, block_r)
+    begin = split.to(tl.int64) * tokens
+    end = tl.minimum(begin + tokens, T)
+    total = tl.zeros((block_n, block_r), tl.float32)
+    for first in range(begin, end, block_t):
+        t = first + tl.arange(0, block_t)
+        g_tile = tl.load(g + t[:, None] * stride + i, mask=(t[:, None] < end) & (i < n), other=0.0)
+        h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < end) & (q < r), other=0.0)
+        total = tl.dot(tl.trans(g_tile), h_tile, total)
+    at = part + split.to(tl.int64) * n * r
+    tl.store(at + i[:, None] * r + q, total, mask=(i[:, None] < n) & (q < r))
+
+
+@triton.jit
+def _down_and_outer(
+    g, out, g_1, B, h, du, dp, dB, sums, T, n, r, columns, scale,
+    scaled: tl.constexpr, divide: tl.constexpr,
+    block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t = row * block_t + tl.arange(0, block_t)
+    q = tl.arange(0, block_r)
+    h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < T) & (q < r), other=0.0)
+    total = tl.zeros((block_t, block_r), tl.float32)
+    begin = split * columns
+    end = tl.minimum(begin + columns, n)
+    for first in range(begin, end, block_n):
+        i = first + tl.arange(0, block_n)
+        at, inside = t[:, None] * n + i, (t[:, None] < T) & (i < end)
+        g_tile = tl.load(g + at, mask=inside, other=0.0)
+        if scaled:
+            out_tile = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+            wide = g_tile.to(tl.float32)
+            s = 1 + tl.load(g_1 + i, mask=i < end, other=0.0).to(tl.float32)
+            dg = tl.sum(wide * out_tile, 0)
+            if divide:
+                dg = tl.where(s == 0, 0.0, dg / s)
+            tl.store(sums + row * n + i, dg, mask=i < end)
+            g_tile = (wide * s).to(g_tile.dtype)
+            tl.store(du + at, g_tile, mask=inside)
+        B_tile = tl.load(B + i[:, None] * r + q, mask=(i[:, None] < end) & (q < r), other=0.0)
+        total = tl.dot(g_tile, B_tile.to(g_tile.dtype), total)
+        share = tl.dot(tl.trans(g_tile), h_tile)
+        tl.store(dB + row * n * r + i[:, None] * r + q, share, mask=(i[:, None] < end) & (q < r))
+    tl.store(
+        dp + split * T * r + t[:, None] * r + q, total * scale, mask=(t[:, None] < T) & (q < r)
+    )
+
+
+@triton.jit
+def _scaled_up(
+    z, h, B, g_1, b, y, T, n, r,
+    biased: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
+    i = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    q = tl.arange(0, block_r)
+    at, inside = t[:, None] * n + i, (t[:, None] < T) & (i < n)
+    h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < T) & (q < r), other=0.0)
+    B_tile = tl.load(B + i[None, :] * r + q[:, None], mask=(i < n) & (q[:, None] < r), other=0.0)
+    u = tl.dot(h_tile, B_tile.to(h_tile.dtype)) + tl.load(z + at, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    out = u * (1 + tl.load(g_1 + i, mask=i < n, other=0.0).to(tl.float32))
+    if biased:
+        tl.store(z + at, u.to(z.dtype.element_ty), mask=inside)
+        out += tl.load(b + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
