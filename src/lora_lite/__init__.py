@@ -14,6 +14,7 @@ import lora_lite.variants  # noqa: F401
 from lora_lite.attach import Plan, attach, detach, disabled, enable, plan, strength
 from lora_lite.checkpoint import load, save
 from lora_lite.describe import describe
+from lora_lite.diagnose import Diagnosis, diagnose
 from lora_lite.merge import MergeReport, delta_weights, merge, merged
 from lora_lite.steps import schedule, step
 from lora_lite.training import param_groups, regulariser
@@ -23,6 +24,7 @@ from lora_lite.variant import ParamSpec, Stats, Variant, variant_class, variants
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "MergeReport",
     "ParamSpec",
     "Plan",
@@ -32,6 +34,7 @@ __all__ = [
     "delta_weights",
     "describe",
     "detach",
+    "diagnose",
     "disabled",
     "enable",
     "load",

@@ -257,6 +257,10 @@ class Variant:
         for layer in layers:
             layer.variant.step(layer.tensors, layer.step)
 
+    def diagnose(self, W: Base, **tensors: Tensor) -> dict[str, float | list[float]]:
+        """The method's own numbers for `lora_lite.diagnose`; a list is a distribution."""
+        return {}
+
     def regulariser(self, **tensors: Tensor) -> Tensor | None:
         """A penalty that the method adds to the loss."""
         return None

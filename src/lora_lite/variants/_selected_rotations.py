@@ -245,6 +245,22 @@ class SelectedRotations(Variant, abstract=True):
         if self.freezes and self.allowed(now.number, now.total) == self.k:
             t["frozen"].logical_or_(ready)
 
+    def diagnose(self, W: LinearBase, **t: Tensor) -> dict[str, float | list[float]]:
+        """angle_rad: |φ| of the pairs that turn. chosen_energy: their coordinates' share of it.
+        entered, left: pairs so far. moved: Σ of the share of the energy that leaving pairs moved,
+        ‖(R − R′) x‖²/‖x‖² on the right, of dL/dy on the left."""
+        out: dict[str, float | list[float]] = {}
+        for side in self.sides:
+            active = t[f"active_{side}"]
+            out[f"angle_{side}_rad"] = self.phi(t[f"theta_{side}"])[active].abs().tolist()
+        for side in self.sides if self.observes else "":
+            energy, (entered, left, moved) = t[ENERGY[side]], t[f"churn_{side}"].tolist()
+            chosen = energy[t[f"pairs_{side}"][t[f"active_{side}"]]].sum()
+            out[f"chosen_energy_{side}"] = float(chosen / energy.sum()) if energy.any() else 0.0
+            out |= {f"entered_{side}": int(entered), f"left_{side}": int(left)}
+            out[f"moved_{side}"] = moved
+        return out
+
 
 def named(suffix: str, tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     return {f"{letter}_{suffix}": table for letter, table in zip("csp", tables)}

@@ -211,6 +211,17 @@ class JORA(SelectedRotations):
         T = t.get("temperature", self.ecd_temperature)
         return ecd_tanh(g_mag, row_norm, T, self.ecd_alpha)
 
+    def diagnose(self, W: LinearBase, **t: Tensor) -> dict[str, float | list[float]]:
+        """energy_error: |Σ m_i² − E|/E of the rows' norms m_i = s_i ‖w_i‖."""
+        out = super().diagnose(W, **t)
+        if self.magnitude != "none":
+            m, norms = (1 + self.scale(**t).double()) * t["row_norm"], t["row_norm"].double()
+            E = norms.square().sum()
+            out["energy_error"] = float((m.square().sum() - E).abs() / E) if E > 0 else 0.0
+        if self.anneals:
+            out["temperature"] = float(t["temperature"])
+        return out
+
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, **t: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
