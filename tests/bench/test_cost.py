@@ -277,7 +277,9 @@ def test_the_table_and_the_chart_come_from_the_rows(lora, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("# A title\n")
     results = tmp_path / "results"
-    cost_rows.write(lora, results)
+    cost_rows.write(
+        dataclasses.replace(lora, shape=dataclasses.asdict(cost.DEFAULT["cpu"])), results
+    )
     cost_report.write(tmp_path)
     # A CPU's rows are not for README.
     assert cost_report.markdown(results) is None and not list((tmp_path / "docs").iterdir())
