@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_lite.ops.launch import launch
+
 PROGRAMS = 264
 
 
@@ -13,9 +15,11 @@ def add_block_rows(x: Tensor, R: Tensor) -> Tensor:
     y = torch.empty_like(x)
     wide, width = tile(b)
     block_t = 128
-    _rows[triton.cdiv(d, width), triton.cdiv(T, block_t)](
-        x, R, y, T, d, b=b, width=width, wide=wide, block_t=block_t, num_warps=4
-    )
+    launch(
+        _rows, (triton.cdiv(d, width), triton.cdiv(T, block_t)),
+        x, R, y, T, d,
+        b, width, wide, block_t,
+    )  # fmt: skip
     return y
 
 
@@ -28,9 +32,10 @@ def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor) -> tuple[Tensor, T
     splits = max(1, min(triton.cdiv(T, block_t), PROGRAMS // groups))
     tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
     dR = x.new_empty(splits, n, b, b, dtype=torch.float32)
-    _rows_backward[groups, splits](
+    launch(
+        _rows_backward, (groups, splits),
         dy, x, R, dx, dR, T, d, n, tokens,
-        b=b, width=width, wide=wide, block_t=block_t, num_warps=4, num_stages=3,
+        b, width, wide, block_t,
     )  # fmt: skip
     return dx, dR.sum(0).to(R.dtype)
 

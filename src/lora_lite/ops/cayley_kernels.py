@@ -5,16 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_lite.ops.launch import launch
+
 
 def rotation(q: Tensor, b: int, terms: int | None) -> tuple[Tensor, Tensor | None]:
     """(R − I, and (I − Q)⁻¹ where the transform is exact)."""
     n, wide = len(q), max(16, triton.next_power_of_2(b))
     R_1 = q.new_empty(n, b, b)
     if terms is not None:
-        _neumann[(n,)](q, R_1, terms, b=b, wide=wide, num_warps=4)
+        launch(_neumann, (n,), q, R_1, terms, b, wide)
         return R_1, None
     X = torch.empty_like(R_1)
-    _cayley[(n,)](q, R_1, X, b=b, wide=wide, num_warps=4)
+    launch(_cayley, (n,), q, R_1, X, b, wide)
     return R_1, X
 
 
@@ -24,9 +26,9 @@ def backward(G: Tensor, saved: Tensor, terms: int | None) -> Tensor:
     dq = G.new_empty(n, b * (b - 1) // 2)
     wide = max(16, triton.next_power_of_2(b))
     if terms is None:
-        _cayley_backward[(n,)](G, saved, dq, b=b, wide=wide, num_warps=4)
+        launch(_cayley_backward, (n,), G, saved, dq, b, wide)
     else:
-        _neumann_backward[(n,)](G, saved, dq, terms, b=b, wide=wide, num_warps=4)
+        launch(_neumann_backward, (n,), G, saved, dq, terms, b, wide)
     return dq
 
 

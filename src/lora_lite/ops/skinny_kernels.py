@@ -5,16 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_lite.ops.launch import launch
+
 
 def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
     x, A = rows_together(x), A.contiguous()
     (T, d), r = x.shape, len(A)
     h = x.new_empty(T, r)
     block_t = 32
-    _down[(triton.cdiv(T, block_t),)](
+    launch(
+        _down, (triton.cdiv(T, block_t),),
         x, A, h, T, d, r, x.stride(0), scale,
-        block_t=block_t, block_d=256 if r <= 32 else 64, block_r=block_rows(r),
-        num_warps=4, num_stages=5 if r <= 32 else 3,
+        block_t, 256 if r <= 32 else 64, block_rows(r),
+        stages=5 if r <= 32 else 3,
     )  # fmt: skip
     return h
 
@@ -24,9 +27,10 @@ def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     (T, r), n = h.shape, len(B)
     y = h.new_empty(T, n)
     block_t, block_n = 64, 128
-    _up[triton.cdiv(T, block_t), triton.cdiv(n, block_n)](
+    launch(
+        _up, (triton.cdiv(T, block_t), triton.cdiv(n, block_n)),
         h, B, h if b is None else b, y, T, n, r, *B.stride(),
-        biased=b is not None, block_t=block_t, block_n=block_n, block_r=block_rows(r), num_warps=4,
+        b is not None, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y
 
@@ -38,9 +42,11 @@ def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     tiles = triton.cdiv(n, block_n)
     splits = max(1, min(triton.cdiv(T, 256), triton.cdiv(PROGRAMS, tiles)))
     parts = g.new_empty(splits, n, r, dtype=torch.float32)
-    _outer[tiles, splits](
+    launch(
+        _outer, (tiles, splits),
         g, h, parts, T, n, r, triton.cdiv(T, splits), g.stride(0),
-        block_t=64, block_n=block_n, block_r=block_rows(r), num_warps=4, num_stages=4,
+        64, block_n, block_rows(r),
+        stages=4,
     )  # fmt: skip
     return fold((parts, dtype))[0]
 
@@ -75,11 +81,11 @@ def _both(
     dB = g.new_empty(rows, n, r, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
     sums = g.new_empty(rows, n, dtype=torch.float32) if scaled else dp
-    _down_and_outer[rows, splits](
+    launch(
+        _down_and_outer, (rows, splits),
         g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
         T, n, r, columns, scale,
-        scaled=scaled, divide=divide,
-        block_t=block_t, block_n=block_n, block_r=block_rows(r), num_warps=4, num_stages=3,
+        scaled, divide, block_t, block_n, block_rows(r),
     )  # fmt: skip
     parts = [(dp, g.dtype), (dB, B.dtype)] + ([(sums, g_1.dtype)] if scaled else [])
     return du, *fold(*parts)
@@ -92,9 +98,10 @@ def scaled_up(
     (T, n), r, biased = z.shape, h.shape[1], b is not None
     y = torch.empty_like(z) if biased else z
     block_t, block_n = 64, 128
-    _scaled_up[triton.cdiv(T, block_t), triton.cdiv(n, block_n)](
+    launch(
+        _scaled_up, (triton.cdiv(T, block_t), triton.cdiv(n, block_n)),
         z, h, B, g_1, b if biased else g_1, y, T, n, r,
-        biased=biased, block_t=block_t, block_n=block_n, block_r=block_rows(r), num_warps=4,
+        biased, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y, z
 
@@ -104,10 +111,11 @@ def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> T
     (n, d), r = W.shape, len(A)
     out = torch.empty_like(norms)
     block_i = 32
-    _row_norms[(triton.cdiv(n, block_i),)](
+    launch(
+        _row_norms, (triton.cdiv(n, block_i),),
         W, B.contiguous(), A.contiguous(), norms, out, n, d, r, *W.stride(), scale,
-        precision="ieee" if W.dtype == torch.float32 else "tf32",
-        block_i=block_i, block_j=128, block_r=block_rows(r), num_warps=4, num_stages=4,
+        "ieee" if W.dtype == torch.float32 else "tf32", block_i, 128, block_rows(r),
+        stages=4,
     )  # fmt: skip
     return out
 
@@ -123,7 +131,11 @@ def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
         programs = triton.cdiv(sums.numel(), block) if k <= last else 0
         ends.append(programs + (ends[-1] if ends else 0))
         arguments += [part, sums, len(part), sums.numel()]
-    _fold[(ends[-1],)](*arguments, ends[0], ends[1], block=block, num_warps=4)
+    launch(
+        _fold, (ends[-1],),
+        *arguments, ends[0], ends[1],
+        block,
+    )  # fmt: skip
     return out
 
 

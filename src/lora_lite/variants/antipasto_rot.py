@@ -83,15 +83,16 @@ class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
     ) -> dict[str, Tensor]:
         if rot_T is None:
             return dict(U=U, Vh=Vh, core=torch.diag(delta_s))
-        S, delta_s = S.view(-1, self.block_size), delta_s.view(-1, self.block_size)
-        # R_Uᵀ diag(S+δ) R_V − diag(S), without a difference of large terms.
-        gains, core = torch.diag_embed(S + delta_s), torch.diag_embed(delta_s)
-        if self.rotate_basis != "U":
-            core = core + gains @ self.rotation(rot_T)
-        if self.rotate_basis != "V":
-            R_U_1 = self.rotation(rot_T if rot_T_u is None else rot_T_u)
-            core = core + R_U_1.mT @ (core + torch.diag_embed(S))
-        return dict(U=U, Vh=Vh, core=block_diagonal(core))
+        # R_Uᵀ D R_V − diag(S), D = diag(S + δ), without a difference of large terms.
+        D = (S + delta_s).view(-1, self.block_size, 1)
+        if self.rotate_basis == "U":
+            blocks = self.rotation(rot_T).mT * D.mT
+        else:
+            blocks = D * self.rotation(rot_T)
+        if self.rotate_basis == "both":
+            R_U_1 = self.rotation(rot_T_u)
+            blocks = blocks + R_U_1.mT * D.mT + R_U_1.mT @ blocks
+        return dict(U=U, Vh=Vh, core=block_diagonal(blocks) + torch.diag(delta_s))
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Tensor
