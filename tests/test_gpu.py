@@ -3,7 +3,10 @@
 import pytest
 import torch
 from settings import cases
+from torch import nn
 
+import lora_lite as ll
+from lora_lite.shapes import unchecked
 from lora_lite.testing import LAWS, TOLERANCE, Case
 from lora_lite.variant import configure
 
@@ -18,3 +21,23 @@ def test_laws_on_cuda(name, hyperparameters, sizes):
     for dtype in TOLERANCE:
         for law in LAWS:
             law(Case(configure(name, **hyperparameters), sizes, dtype, "cuda", "inductor"))
+
+
+def test_jora_never_waits_for_the_device():
+    layers = [nn.Linear(64, 64, device="cuda") for _ in range(3)]
+    model = nn.Sequential(*layers)
+    ll.attach(model, "jora", use_gumbel=True, warmup_ratio=0.5, ecd_temp_annealing=True)
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=1e-2))
+    x = torch.randn(8, 64, device="cuda")
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with unchecked():
+                model(x).square().mean().backward()
+                ll.step(model, 10, optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.step()
+    tensors = layers[0].adapters.default.tensors()
+    assert tensors["churn_L"][0] > 0 and tensors["active_L"].sum() == 3

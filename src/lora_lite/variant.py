@@ -96,7 +96,7 @@ class Step:
 
     def restart(self, tensor: Tensor, where: Tensor) -> None:
         """Set a trained tensor's entries `where` to zero, and `forget` them."""
-        tensor.masked_fill_(where, 0)
+        tensor.masked_fill_(sharded(where, tensor), 0)
         self.forget(tensor, where)
 
     def forget(self, tensor: Tensor, where: Tensor) -> None:
@@ -104,7 +104,23 @@ class Step:
         if self.optimizer is not None:
             for value in self.optimizer.state.get(tensor, {}).values():
                 if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    value.masked_fill_(where, 0)
+                    value.masked_fill_(sharded(where, value), 0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its entries, where FSDP2 has spread it over ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has whole, spread over ranks as another is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    spread = DTensor.from_local(tensor, like.device_mesh, everywhere, run_check=False)
+    return spread.redistribute(placements=like.placements)
 
 
 class Layer(NamedTuple):

@@ -12,13 +12,15 @@ from models import MLP
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lora_lite as ll
 from lora_lite.adapted import adapters
 from lora_lite.checkpoint import digest
-from lora_lite.ops.selection import PAIRINGS, explore, moved_share, rebind
+from lora_lite.ops.selection import PAIRINGS, explore, gumbel, moved_share, rebind
 from lora_lite.shapes import unchecked
-from lora_lite.variant import Step, configure
+from lora_lite.variant import Layer, Step, configure, whole
 
 DATA = Path(__file__).parents[1] / "data" / "jora"
 INDEX = json.loads((DATA / "index.json").read_text())
@@ -126,13 +128,13 @@ def test_of_equal_energies_the_lower_index_goes_first():
 
 def test_gumbel_noise_draws_by_energy_and_ignores_the_scale():
     energy = torch.tensor([8.0, 4, 2, 1, 1e-3])
-    draws = [explore(energy, 1.0, torch.Generator().manual_seed(i)).argmax() for i in range(2000)]
+    seeded = lambda i: gumbel(5, torch.Generator().manual_seed(i))
+    draws = [explore(energy, seeded(i), 1.0).argmax() for i in range(2000)]
     share = torch.stack(draws).bincount(minlength=5) / 2000
     torch.testing.assert_close(share, energy / energy.sum(), atol=0.03, rtol=0)
-    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
-    one, small = (explore(energy * c, 1.0, g) for c, g in zip((1, 2**-20), generators))
+    one, small = (explore(energy * c, seeded(0), 1.0) for c in (1, 2**-20))
     assert torch.equal(one.argsort(), small.argsort())
-    cold = explore(energy, 1e-3, generators[2])
+    cold = explore(energy, seeded(0), 1e-3)
     assert cold.argsort(descending=True).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -592,7 +594,7 @@ def test_nothing_depends_on_numbers_on_the_device(hyper):
     with torch.no_grad():
         if v.observes:
             v.observe(torch.ones(5, 24, device="meta"), torch.ones(5, 24, device="meta"), **tensors)
-        v.step(tensors, Step(3, 10, "q_proj", 0, torch.optim.SGD([nn.Parameter(torch.ones(1))])))
+        v.step_all([Layer(v, tensors, Step(3, 10, "q_proj", 0))] * 2)
 
 
 # State.
@@ -667,36 +669,29 @@ def test_pairs_that_no_layer_can_have_are_refused_at_load(tmp_path):
 # Ranks.
 
 
-def _rank(rank, world, folder):
+def _rank(rank, world, folder, wrap):
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+            "gloo", init_method=f"file://{folder}/{wrap}", rank=rank, world_size=world
         )
     with unchecked():
-        model = _train_on_its_share(rank, world)
-    torch.save(model.state_dict(), f"{folder}/{world}-{rank}.pt")
+        tensors = _train_on_its_share(rank, world, wrap)
+    torch.save(tensors, f"{folder}/{wrap}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def _train_on_its_share(rank, world):
+def _train_on_its_share(rank, world, wrap):
     torch.manual_seed(0)
-    model = MLP().double()
-    ll.attach(
-        model,
-        "jora",
-        seed=0,
-        dtype=torch.float64,
-        k=6,
-        ema_beta=0.6,
-        use_gumbel=True,
-        gumbel_tau=0.1,
-    )
-    # Rank 0's buffers are not sent around: the choice has to agree by itself.
-    parallel = (
-        nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    )
+    model = parallel = MLP().double()
+    hyper = dict(k=6, ema_beta=0.6, use_gumbel=True, gumbel_tau=0.1)
+    ll.attach(model, "jora", seed=0, dtype=torch.float64, **hyper)
+    if wrap == "DDP":
+        # Rank 0's buffers are not sent around: the choice has to agree by itself.
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if wrap == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.AdamW(ll.param_groups(parallel, lr=1e-2))
     ll.schedule(parallel, optimizer)
     generator = torch.Generator().manual_seed(1)
@@ -707,14 +702,20 @@ def _train_on_its_share(rank, world):
         optimizer.zero_grad()
         parallel(share).square().mean().backward()
         optimizer.step()
-    return model
+    return {
+        f"{name}.{key}": whole(tensor.detach())
+        for name, _, adapter in adapters(model)
+        for key, tensor in adapter.tensors().items()
+    }
 
 
-def test_ranks_choose_the_pairs_that_one_process_would(tmp_path):
-    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
-    _rank(0, 1, str(tmp_path))
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+def test_ranks_choose_the_pairs_that_one_process_would(wrap, tmp_path):
+    mp.start_processes(_rank, (2, str(tmp_path), wrap), nprocs=2, start_method="spawn")
+    _rank(0, 1, str(tmp_path), "none")
     first, second, alone = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0")
+        torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        for name in (f"{wrap}-0", f"{wrap}-1", "none-0")
     )
     assert first.keys() == second.keys() == alone.keys()
     for key in first:

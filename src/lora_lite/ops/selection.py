@@ -20,23 +20,28 @@ def ema_(
     average: Float32[Tensor, " d"], sample: Float32[Tensor, " d"], beta: float
 ) -> Float32[Tensor, " d"]:
     """average ← β average + (1 − β) sample, in place; a sample that isn't finite is left out."""
-    mixed = beta * average + (1 - beta) * sample
-    return average.copy_(torch.where(sample.isfinite().all(), mixed, average))
+    # Squares: their sum is finite where they are.
+    finite = sample.sum() < torch.inf
+    return average.copy_(torch.where(finite, average.lerp(sample, 1 - beta), average))
+
+
+def gumbel(d: int, generator: torch.Generator) -> Float32[Tensor, " {d}"]:
+    """Standard Gumbel noise, drawn on the CPU."""
+    return -torch.empty(d).exponential_(generator=generator).log()
 
 
 def explore(
-    energy: Float32[Tensor, " d"], tau: float, generator: torch.Generator
-) -> Float32[Tensor, " d"]:
-    """log E + τ G with Gumbel noise G drawn on the CPU: the highest are a draw without
-    replacement, by probabilities ∝ E^(1/τ)."""
-    noise = -torch.empty(len(energy)).exponential_(generator=generator).log()
+    energy: Float32[Tensor, "*layers d"], noise: Float32[Tensor, "*layers d"], tau: float
+) -> Float32[Tensor, "*layers d"]:
+    """log E + τ G: with Gumbel noise G the highest are a draw without replacement, by
+    probabilities ∝ E^(1/τ)."""
     return (energy + 1e-30).log() + tau * noise.to(energy.device, non_blocking=True)
 
 
 def consecutive(scores: Float[Tensor, " d"], k: int) -> Int64[Tensor, "{k} 2"]:
     """(o₀, o₁), (o₂, o₃), … of the coordinates o in descending order, the lower first of equals:
     the disjoint pairs that a greedy search by s_i s_j takes."""
-    return scores.argsort(descending=True, stable=True)[: 2 * k].view(k, 2)
+    return scores.argsort(descending=True, stable=True)[: 2 * k].unflatten(0, (k, 2))
 
 
 def high_low(scores: Float[Tensor, " d"], k: int) -> Int64[Tensor, "{k} 2"]:

@@ -1,5 +1,7 @@
 """Rotations in chosen pairs of coordinates: slots, angles, energies and their schedule."""
 
+from collections import defaultdict
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +15,12 @@ from lora_lite.ops.selection import (
     disjoint,
     ema_,
     explore,
+    gumbel,
     mean_square,
     moved_share,
     rebind,
 )
-from lora_lite.variant import ParamSpec, Stats, Step, Variant, zeros
+from lora_lite.variant import Layer, ParamSpec, Stats, Step, Variant, whole, zeros
 
 ENERGY = dict(L="ema_row", R="ema_col")
 
@@ -206,44 +209,79 @@ class SelectedRotations(Variant, abstract=True):
                 ema_(t[ENERGY[side]], mean_square(sample), self.ema_beta)
 
     def step(self, tensors: dict[str, Tensor], now: Step) -> None:
-        # What t_stat found without energies is tried again after as many steps.
-        if now.number % (self.t_stat or self.update_interval):
-            return
-        slots = [len(tensors[f"theta_{side}"]) if side in self.sides else 0 for side in "LR"]
-        k = dict(zip("LR", self.share(self.allowed(now.number, now.total), *slots)))
-        if self.observes:
-            self.select(tensors, k, now)
-        elif self.warms_up:
+        if self.selection == "random" and self.warms_up and self.chooses_at(now.number):
+            k = self.turning(tensors, now)
             for side in self.sides:
                 active = tensors[f"active_{side}"]
                 turns = torch.arange(len(active), device=active.device) < k[side]
                 now.restart(tensors[f"theta_{side}"], turns & ~active)
                 active.copy_(turns)
 
-    def select(self, t: dict[str, Tensor], k: dict[str, int], now: Step) -> None:
-        """Give each side's slots to its k pairs of the highest energy, once there are energies."""
-        ready = torch.stack([t[ENERGY[side]].any() for side in self.sides]).all()
-        ready = ready & ~t["frozen"] if self.freezes else ready
-        generator = now.generator()
-        for side in self.sides:
-            names = ("theta", "pairs", "active", "churn")
-            theta, pairs, active, churn = (t[f"{name}_{side}"] for name in names)
-            scores = energy = t[ENERGY[side]]
+    @classmethod
+    def step_all(cls, layers: list[Layer]) -> None:
+        alike = defaultdict(list)
+        for layer in layers:
+            if layer.variant.observes and layer.variant.chooses_at(layer.step.number):
+                shapes = tuple((t.shape, t.device) for t in layer.tensors.values())
+                alike[layer.variant, shapes].append(layer)
+        for (variant, _), group in alike.items():
+            variant.select(group)
+        super().step_all(layers)
+
+    def chooses_at(self, number: int) -> bool:
+        # What t_stat found without energies is tried again after as many steps.
+        return number % (self.t_stat or self.update_interval) == 0
+
+    def turning(self, t: dict[str, Tensor], now: Step) -> dict[str, int]:
+        """How many pairs of each side may turn after this step."""
+        slots = [len(t[f"theta_{side}"]) if side in self.sides else 0 for side in "LR"]
+        return dict(zip("LR", self.share(self.allowed(now.number, now.total), *slots)))
+
+    def select(self, layers: list[Layer]) -> None:
+        """Choose the pairs of layers that are alike in all but their numbers, at once."""
+        now, k = layers[0].step, self.turning(layers[0].tensors, layers[0].step)
+        stacked = lambda key: torch.stack([whole(layer.tensors[key]) for layer in layers])
+        energy = {side: stacked(ENERGY[side]) for side in self.sides}
+        ready = torch.stack([E.any(1) for E in energy.values()]).all(0)
+        if self.freezes:
+            ready &= ~stacked("frozen")
+        generators = [layer.step.generator() for layer in layers if self.use_gumbel]
+        for side, scores in energy.items():
             if self.use_gumbel:
-                scores = explore(energy, self.gumbel_tau, generator)
-            chosen = PAIRINGS[self.pairing_strategy](scores, k[side])
-            slots = torch.where(ready, rebind(pairs, active, chosen), pairs)
-            turns = torch.where(ready, slots[:, 0] >= 0, active)
-            stays = active & turns & (slots == pairs).all(1)
-            entered, left = turns & ~stays, active & ~stays
-            moved = moved_share(energy, pairs, self.phi(theta), left)
-            counts = torch.stack([entered.sum(), left.sum(), moved])
-            churn += torch.where(ready, counts, 0)
-            now.restart(theta, entered)
-            pairs.copy_(slots)
-            active.copy_(turns)
+                noise = torch.stack([gumbel(scores.shape[1], own) for own in generators])
+                scores = explore(scores, noise, self.gumbel_tau)
+            keys = [f"{name}_{side}" for name in ("theta", "pairs", "active", "churn")]
+            choose = torch.vmap(partial(self.choose, k=k[side]))
+            entered, *chosen = choose(ready, scores, energy[side], *map(stacked, keys))
+            for i, layer in enumerate(layers):
+                layer.step.restart(layer.tensors[keys[0]], entered[i])
+                for key, new in zip(keys[1:], chosen):
+                    layer.tensors[key].copy_(new[i])
         if self.freezes and self.allowed(now.number, now.total) == self.k:
-            t["frozen"].logical_or_(ready)
+            for i, layer in enumerate(layers):
+                layer.tensors["frozen"].logical_or_(ready[i])
+
+    def choose(
+        self,
+        ready: Bool[Tensor, ""],
+        scores: Float32[Tensor, " d"],
+        energy: Float32[Tensor, " d"],
+        theta: Float[Tensor, " S"],
+        pairs: Int64[Tensor, "S 2"],
+        active: Bool[Tensor, " S"],
+        churn: Float32[Tensor, "3"],
+        k: int,
+    ) -> tuple[Bool[Tensor, " S"], Int64[Tensor, "S 2"], Bool[Tensor, " S"], Float32[Tensor, "3"]]:
+        """One side's slots given to its k pairs of the highest scores, once there are energies:
+        which entered, then pairs, active and churn as they are now."""
+        slots = rebind(pairs, active, PAIRINGS[self.pairing_strategy](scores, k))
+        slots = torch.where(ready, slots, pairs)
+        turns = torch.where(ready, slots[:, 0] >= 0, active)
+        stays = active & turns & (slots == pairs).all(1)
+        entered, left = turns & ~stays, active & ~stays
+        moved = moved_share(energy, pairs, self.phi(theta), left)
+        counts = torch.stack([entered.sum(), left.sum(), moved])
+        return entered, slots, turns, churn + torch.where(ready, counts, 0)
 
     def diagnose(self, W: LinearBase, **t: Tensor) -> dict[str, float | list[float]]:
         """angle_rad: |φ| of the pairs that turn. chosen_energy: their coordinates' share of it.
