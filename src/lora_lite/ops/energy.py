@@ -1,8 +1,11 @@
 """Row scales that keep a weight's total energy E = Σ ‖w_i‖²."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def oer_softmax(
@@ -13,6 +16,8 @@ def oer_softmax(
     Σ (s_i ‖w_i‖)² = E for every g and T, and g = 0 gives exact zeros. Rows without energy keep
     s = 1 and stay out of the softmax.
     """
+    if has_kernel(g) and not isinstance(temperature, Tensor):
+        return _OER.apply(g, norms, temperature)
     # Finite, so that a layer of zeros gives no NaN.
     log_energy = (2 * norms.log()).clamp(min=-1e30)
     gain = torch.logsumexp(log_energy + g / temperature, 0) - torch.logsumexp(log_energy, 0)
@@ -33,3 +38,28 @@ def ecd_tanh(
     tiny = torch.finfo(norms.dtype).tiny  # E = 0, a layer of zeros, gives no NaN
     E, E_a = norms.square().sum() + tiny, (norms * a).square().sum() + tiny
     return a * (E / E_a).sqrt() - 1
+
+
+def has_kernel(g: Tensor) -> bool:
+    """Whether the kernel serves g: one program holds it."""
+    compiling = torch.compiler.is_compiling()
+    return g.is_cuda and g.dtype == torch.float32 and len(g) <= 2**16 and not compiling
+
+
+class _OER(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, norms: Tensor, temperature: float) -> Tensor:
+        from lora_lite.ops import energy_kernels
+
+        s_1, p = energy_kernels.oer_softmax(g, norms, temperature)
+        ctx.save_for_backward(s_1, p)
+        ctx.temperature = temperature
+        return s_1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ds: Tensor) -> tuple[Tensor, None, None]:
+        from lora_lite.ops import energy_kernels
+
+        dg = energy_kernels.oer_softmax_backward(ds, *ctx.saved_tensors, ctx.temperature)
+        return dg, None, None

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def random_pairs(d: int, n: int, slots: int, generator: torch.Generator) -> Int64[Tensor, "S 2"]:
@@ -18,6 +19,27 @@ def rotations(phi: Float[Tensor, " S"]) -> Float[Tensor, "S 2 2"]:
     """The blocks (x_i, x_j) → (cos φ x_i + sin φ x_j, −sin φ x_i + cos φ x_j)."""
     c, s = phi.cos(), phi.sin()
     return torch.stack([c, s, -s, c], dim=-1).unflatten(-1, (2, 2))
+
+
+def angles(theta: Float[Tensor, " S"], cayley: bool, max_angle: float) -> Float[Tensor, " S"]:
+    """φ = 2 atan(θ/2), or θ, in radians; with a bound a > 0, a tanh(φ/a)."""
+    phi = 2 * torch.atan(theta / 2) if cayley else theta
+    return max_angle * torch.tanh(phi / max_angle) if max_angle else phi
+
+
+def rotation_tables(
+    theta: Float[Tensor, " S"],
+    pairs: Int64[Tensor, "S 2"],
+    active: Bool[Tensor, " S"],
+    d: int,
+    cayley: bool,
+    max_angle: float,
+) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
+    """The tables (c, s, p) of the rotations of the active pairs by their angles."""
+    if theta.is_cuda and theta.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return _RotationTables.apply(theta, pairs, active, d, cayley, max_angle)
+    pairs = torch.where(active[:, None], pairs, -1)
+    return pair_tables(pairs, rotations(angles(theta, cayley, max_angle)), rest=1.0, d=d)
 
 
 def pair_tables(
@@ -40,8 +62,39 @@ def apply_pairs(
     s: Float[Tensor, " d"],
     p: Int64[Tensor, " d"],
 ) -> Float[Tensor, "*batch d"]:
-    """T x by its tables. Keeps x alone for backward."""
-    return _ApplyPairs.apply(x, c, s, p)
+    """T x by its tables, in x's dtype. Keeps x alone for backward."""
+    return _ApplyPairs.apply(x, c.to(x.dtype), s.to(x.dtype), p)
+
+
+class _RotationTables(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        theta: Tensor,
+        pairs: Tensor,
+        active: Tensor,
+        d: int,
+        cayley: bool,
+        max_angle: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from lora_lite.ops import givens_kernels
+
+        c, s, p = givens_kernels.tables(theta, pairs, active, d, cayley, max_angle)
+        # Copies: the pairs are chosen anew in place.
+        ctx.save_for_backward(theta)
+        ctx.slots = pairs.clone(), active.clone()
+        ctx.how = cayley, max_angle
+        ctx.mark_non_differentiable(p)
+        return c, s, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dc: Tensor, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        from lora_lite.ops import givens_kernels
+
+        theta = ctx.saved_tensors[0]
+        dtheta = givens_kernels.tables_backward(dc, ds, theta, *ctx.slots, *ctx.how)
+        return dtheta, None, None, None, None, None
 
 
 class _ApplyPairs(torch.autograd.Function):

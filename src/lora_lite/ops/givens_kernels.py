@@ -5,44 +5,78 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from lora_lite.ops.launch import launch
 
 BLOCK = 256
 
 
-def rotation_tables(
-    phi: Tensor, pairs: Tensor, active: Tensor, d: int
+def tables(
+    theta: Tensor, pairs: Tensor, active: Tensor, d: int, cayley: bool, max_angle: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c, s = phi.new_empty(d), phi.new_empty(d)
-    p = torch.empty(d, dtype=torch.int64, device=phi.device)
+    c, s = theta.new_empty(d), theta.new_empty(d)
+    p = torch.empty(d, dtype=torch.int64, device=theta.device)
     launch(
         _tables, (triton.cdiv(d, BLOCK),),
-        phi, pairs, active, c, s, p, d, len(phi), BLOCK,
+        theta, pairs, active, c, s, p, d, len(theta), max_angle,
+        cayley, max_angle > 0, BLOCK,
     )  # fmt: skip
     return c, s, p
 
 
-def rotation_tables_backward(
-    dc: Tensor, ds: Tensor, phi: Tensor, pairs: Tensor, active: Tensor
+def tables_backward(
+    dc: Tensor,
+    ds: Tensor,
+    theta: Tensor,
+    pairs: Tensor,
+    active: Tensor,
+    cayley: bool,
+    max_angle: float,
 ) -> Tensor:
-    dphi = torch.empty_like(phi)
-    block = triton.next_power_of_2(len(phi))
-    launch(_tables_backward, (1,), dc, ds, phi, pairs, active, dphi, len(phi), block)
-    return dphi
+    dtheta = torch.empty_like(theta)
+    block = triton.next_power_of_2(len(theta))
+    launch(
+        _tables_backward, (1,),
+        dc, ds, theta, pairs, active, dtheta, len(theta), max_angle,
+        cayley, max_angle > 0, block,
+    )  # fmt: skip
+    return dtheta
 
 
 @triton.jit
-def _tables(phi, pairs, active, c, s, p, d, S, block: tl.constexpr):
+def _rotation(theta, most, cayley: tl.constexpr, bounded: tl.constexpr):
+    """(cos φ, sin φ, dφ/dθ)."""
+    t = theta / 2
+    if cayley and not bounded:
+        # No angle is needed: cos φ = (1 − t²)/(1 + t²), sin φ = 2t/(1 + t²).
+        slope = 1 / (1 + t * t)
+        return (1 - t * t) * slope, 2 * t * slope, slope
+    phi, slope = theta, tl.full(theta.shape, 1.0, tl.float32)
+    if cayley:
+        slope = 1 / (1 + t * t)
+        phi = 2 * libdevice.atan(t)
+    if bounded:
+        share = libdevice.tanh(phi / most)
+        phi, slope = most * share, slope * (1 - share * share)
+    return tl.cos(phi), tl.sin(phi), slope
+
+
+@triton.jit
+def _tables(
+    theta, pairs, active, c, s, p, d, S, most,
+    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     k = tl.program_id(0) * block + tl.arange(0, block)
     cos, sin, partner = tl.full((block,), 1.0, tl.float32), tl.zeros((block,), tl.float32), k
     for slot in range(S):
         if tl.load(active + slot):
-            angle = tl.load(phi + slot)
+            angle = tl.full((block,), 0.0, tl.float32) + tl.load(theta + slot)
+            cos_phi, sin_phi, _ = _rotation(angle, most, cayley, bounded)
             i, j = tl.load(pairs + 2 * slot), tl.load(pairs + 2 * slot + 1)
             first, second = k == i, k == j
-            cos = tl.where(first | second, tl.cos(angle), cos)
-            sin = tl.where(first, tl.sin(angle), tl.where(second, -tl.sin(angle), sin))
+            cos = tl.where(first | second, cos_phi, cos)
+            sin = tl.where(first, sin_phi, tl.where(second, -sin_phi, sin))
             partner = tl.where(first, j.to(tl.int32), tl.where(second, i.to(tl.int32), partner))
     tl.store(c + k, cos, mask=k < d)
     tl.store(s + k, sin, mask=k < d)
@@ -50,13 +84,17 @@ def _tables(phi, pairs, active, c, s, p, d, S, block: tl.constexpr):
 
 
 @triton.jit
-def _tables_backward(dc, ds, phi, pairs, active, dphi, S, block: tl.constexpr):
+def _tables_backward(
+    dc, ds, theta, pairs, active, dtheta, S, most,
+    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     slot = tl.arange(0, block)
     on = (slot < S) & (tl.load(active + slot, mask=slot < S, other=0) != 0)
-    angle = tl.load(phi + slot, mask=slot < S, other=0.0)
+    angle = tl.load(theta + slot, mask=slot < S, other=0.0)
+    cos, sin, slope = _rotation(angle, most, cayley, bounded)
     i = tl.load(pairs + 2 * slot, mask=on, other=0)
     j = tl.load(pairs + 2 * slot + 1, mask=on, other=0)
     cosines = tl.load(dc + i, mask=on, other=0.0) + tl.load(dc + j, mask=on, other=0.0)
     sines = tl.load(ds + i, mask=on, other=0.0) - tl.load(ds + j, mask=on, other=0.0)
-    out = tl.where(on, tl.cos(angle) * sines - tl.sin(angle) * cosines, 0.0)
-    tl.store(dphi + slot, out, mask=slot < S)
+    out = tl.where(on, slope * (cos * sines - sin * cosines), 0.0)
+    tl.store(dtheta + slot, out, mask=slot < S)

@@ -78,8 +78,26 @@ def scaled_add_low_rank(
     """
     if (v is None or v is x) and accumulates(W, x):
         return _ScaledAddLowRank.apply(x, W.weight, W.bias, A, B, scale, g_1)
-    z, v = W(x), low_rank(x if v is None else v, A, B, scale)
-    return z + v + g_1.to(x.dtype) * (W.less_bias(z) + v)
+    return scaled(W, W(x), low_rank(x if v is None else v, A, B, scale), g_1)
+
+
+def scaled(
+    W: LinearBase,
+    z: Float[Tensor, "*batch d_out"],
+    Δ: Float[Tensor, "*batch d_out"],
+    s_1: Float[Tensor, " d_out"] | None,
+    on_output: bool = True,
+) -> Float[Tensor, "*batch d_out"]:
+    """s ⊙ (z − b + Δ) + b, or off the output z + s ⊙ Δ, for s = 1 + s_1, or 1."""
+    y = z + Δ
+    if s_1 is None:
+        return y
+    s_1 = s_1.to(y.dtype)
+    if not on_output:
+        return y + s_1 * Δ
+    # Not s_1 ⊙ (y − b): in float16 the difference can pass 65504 where y does not.
+    y = y + s_1 * y
+    return y if W.bias is None else y - s_1 * W.bias.to(y.dtype)
 
 
 def accumulates(W: LinearBase, x: Tensor) -> bool:

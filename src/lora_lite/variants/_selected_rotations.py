@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.givens import pair_tables, random_pairs, rotations
+from lora_lite.ops.givens import angles, random_pairs, rotation_tables
 from lora_lite.ops.selection import (
     PAIRINGS,
     disjoint,
@@ -188,20 +188,22 @@ class SelectedRotations(Variant, abstract=True):
                 out |= {f"theta_{side}": theta, f"pairs_{side}": pairs, f"active_{side}": active}
         return out | (dict(frozen=torch.tensor(False)) if self.freezes else {})
 
-    def tables(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, Tensor]:
-        """R_L and R_R by the tables c, s, p of `apply_pairs`."""
+    def tables(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """R_L and R_R, as "L" and "R", by the tables (c, s, p) of `apply_pairs`."""
         out = {}
         for side, d in zip("LR", (d_out, d_in)):
             if side in self.sides:
-                pairs = torch.where(t[f"active_{side}"][:, None], t[f"pairs_{side}"], -1)
-                R = rotations(self.phi(t[f"theta_{side}"]))
-                out |= named(side, pair_tables(pairs, R, rest=1.0, d=d))
+                out[side] = rotation_tables(
+                    *(t[f"{name}_{side}"] for name in ("theta", "pairs", "active")),
+                    d,
+                    self.rotation_param == "cayley",
+                    self.max_angle,
+                )
         return out
 
     def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """The angle of θ, in radians."""
-        phi = 2 * torch.atan(theta / 2) if self.rotation_param == "cayley" else theta
-        return self.max_angle * torch.tanh(phi / self.max_angle) if self.max_angle else phi
+        return angles(theta, self.rotation_param == "cayley", self.max_angle)
 
     def observe(self, x: Tensor, g: Tensor, **t: Tensor) -> None:
         for side, sample in (("L", g), ("R", x)):
@@ -298,7 +300,3 @@ class SelectedRotations(Variant, abstract=True):
             out |= {f"entered_{side}": int(entered), f"left_{side}": int(left)}
             out[f"moved_{side}"] = moved
         return out
-
-
-def named(suffix: str, tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    return {f"{letter}_{suffix}": table for letter, table in zip("csp", tables)}

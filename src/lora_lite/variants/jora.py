@@ -8,12 +8,12 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import block_columns
 from lora_lite.ops.energy import ecd_tanh, oer_softmax
 from lora_lite.ops.givens import apply_pairs, pair_tables
-from lora_lite.ops.low_rank import low_rank
+from lora_lite.ops.low_rank import add_low_rank, low_rank, scaled_add_low_rank
+from lora_lite.ops.rotated import add_rotated, rotated, scaled
 from lora_lite.variant import ParamSpec, Stats, Step, nearest, zeros
-from lora_lite.variants._selected_rotations import SelectedRotations, named
+from lora_lite.variants._selected_rotations import SelectedRotations
 
 SELECTED = ("selective", "coupled")
 CORES = ("d", "blocks", "rem", "A")
@@ -63,6 +63,8 @@ class JORA(SelectedRotations):
     ecd_temp_end: float = 1.0
     lr_core: float = 0.01
     magnitude_lr_scale: float = 1.0
+
+    casts = False
 
     d: Float[Tensor, "q"] = ParamSpec(when=lambda v: v.core == "diag", **CORE)
     blocks: Float[Tensor, "q//block_size block_size block_size"] = ParamSpec(
@@ -194,14 +196,23 @@ class JORA(SelectedRotations):
         p = min(number / total, 1.0)
         return (1 - p) * self.ecd_temp_start + p * self.ecd_temp_end
 
-    def prepare(self, W: LinearBase, **t: Tensor) -> dict[str, Tensor]:
-        out = {key: t[key] for key in ("d", "blocks", "rem", "A", "B") if key in t}
+    def prepare(self, W: LinearBase, **t: Tensor) -> dict[str, Any]:
+        out: dict[str, Any] = dict.fromkeys(("L", "R", "s_1"))
         out |= self.tables(W.d_in, W.d_out, **t)
-        if self.core in SELECTED:
-            M = t["M"] if self.core == "coupled" else t["delta"].view(-1, 2).diag_embed()
-            out |= named("M", pair_tables(t["support"].view(-1, 2), M, rest=0.0, d=W.d_in))
         if self.magnitude != "none":
             out["s_1"] = self.scale(**t)
+        if self.core == "lowrank":
+            # R_Lᵀ A and R_Rᵀ B: rotated factors in place of rotated activations.
+            for key, side in (("A", "L"), ("B", "R")):
+                out[key] = turned_back(t[key], out[side])
+        elif self.core in SELECTED:
+            M = t["M"] if self.core == "coupled" else t["delta"].view(-1, 2).diag_embed()
+            out["M"] = pair_tables(t["support"].view(-1, 2), M, rest=0.0, d=W.d_in)
+        elif self.core == "diag":
+            out["C"] = t["d"][:, None]
+        else:
+            rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
+            out["C"] = torch.cat([t["blocks"].flatten(0, 1), rem])
         return out
 
     def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
@@ -223,50 +234,47 @@ class JORA(SelectedRotations):
         return out
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, **t: Tensor
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        W: LinearBase,
+        L: Any,
+        R: Any,
+        s_1: Tensor | None,
+        **t: Any,
     ) -> Float[Tensor, "*batch d_out"]:
-        # In float16 a rotation can carry finite coordinates past 65504, by √2 at most.
-        half = x.dtype == torch.float16
-        Δ = 2 * self.update(x / 2, W.d_out, **t) if half else self.update(x, W.d_out, **t)
-        if self.clip == "tanh":
-            Δ = torch.tanh(Δ)
-        y = W(x) + Δ
-        if self.magnitude == "none":
-            return y
-        if self.magnitude_on == "delta":
-            return y + t["s_1"] * Δ
-        # Not s_1 ⊙ (y − b): the difference can pass 65504 where y does not.
-        y = y + t["s_1"] * y
-        return y if W.bias is None else y - t["s_1"] * W.bias.to(y.dtype)
+        on_output = self.magnitude_on == "output"
+        if self.clip == "none" and self.core == "lowrank":
+            if s_1 is not None and on_output:
+                return scaled_add_low_rank(W, x, t["B"].T, t["A"], self.sigma, s_1)
+            A = t["A"] if s_1 is None else t["A"] + s_1[:, None] * t["A"]
+            return add_low_rank(W, x, t["B"].T, A, self.sigma)
+        if self.clip == "none" and self.core in ("diag", "block"):
+            return add_rotated(W, x, t["C"], L, R, s_1, on_output)
+        Δ = self.update(x, W.d_out, L, R, **t)
+        return scaled(W, W(x), torch.tanh(Δ) if self.clip == "tanh" else Δ, s_1, on_output)
+
+    @property
+    def sigma(self) -> float:
+        """σ = α/r, 1 where α is None."""
+        return 1.0 if self.lowrank_alpha is None else self.lowrank_alpha / self.lowrank_r
 
     def update(
-        self, x: Float[Tensor, "*batch d_in"], n: int, **t: Tensor
+        self, x: Float[Tensor, "*batch d_in"], n: int, L: Any, R: Any, **t: Any
     ) -> Float[Tensor, "*batch {n}"]:
-        """R_Lᵀ C R_R x."""
-        u = apply_pairs(x, t["c_R"], t["s_R"], t["p_R"]) if "R" in self.sides else x
+        """R_Lᵀ C R_R x, of the selected cores − P_U x."""
+        if self.core == "lowrank":
+            return low_rank(x, t["B"].T, t["A"], self.sigma)
         if self.core in SELECTED:
             # R_Lᵀ D R_R x − P_U x, free of cancellation: D = P_U + δ, and outside U nothing turns.
-            v = apply_pairs(x, t["c_L"], t["s_L"], t["p_L"]) if "L" in self.sides else x
-            z = apply_pairs(u, t["c_M"], t["s_M"], t["p_M"]) + (u - v)
-        else:
-            z = self.core_product(u, n, **t)
-        return apply_pairs(z, t["c_L"], -t["s_L"], t["p_L"]) if "L" in self.sides else z
+            u, v = (apply_pairs(x, *side) if side else x for side in (R, L))
+            z = apply_pairs(u, *t["M"]) + (u - v)
+            return apply_pairs(z, L[0], -L[1], L[2]) if L else z
+        return rotated(x, t["C"], L, R, n)
 
-    def core_product(
-        self, u: Float[Tensor, "*batch d_in"], n: int, **t: Tensor
-    ) -> Float[Tensor, "*batch {n}"]:
-        """C u."""
-        if self.core == "lowrank":
-            alpha = self.lowrank_r if self.lowrank_alpha is None else self.lowrank_alpha
-            return low_rank(u, t["B"].T, t["A"], core=alpha / self.lowrank_r)
-        if self.core == "diag":
-            z = t["d"] * u[..., : len(t["d"])]
-        else:
-            blocks, rem = t["blocks"], t["rem"]
-            blocked = len(blocks) * self.block_size
-            parts = u[..., : blocked + len(rem)].split([blocked, len(rem)], dim=-1)
-            z = torch.cat([block_columns(parts[0], blocks), rem * parts[1]], dim=-1)
-        return F.pad(z, (0, n - z.shape[-1]))
+
+def turned_back(A: Float[Tensor, "d r"], side: Any) -> Float[Tensor, "d r"]:
+    """Rᵀ A."""
+    return apply_pairs(A.T, side[0], -side[1], side[2]).T if side else A
 
 
 RECIPES: dict[str, dict[str, Any]] = {

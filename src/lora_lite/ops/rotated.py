@@ -1,0 +1,108 @@
+"""A narrow core between sparse rotations, R_Lᵀ C R_R, added to a layer."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_lite.base import LinearBase
+from lora_lite.ops.blocks import block_columns
+from lora_lite.ops.givens import apply_pairs
+from lora_lite.ops.low_rank import accumulates, scaled
+
+Table = tuple[Tensor, Tensor, Tensor]
+"""A rotation's (c, s, p), as `givens` has them."""
+
+
+def rotated(
+    x: Float[Tensor, "*batch d_in"],
+    C: Float[Tensor, "q b"],
+    left: Table | None,
+    right: Table | None,
+    n: int,
+) -> Float[Tensor, "*batch {n}"]:
+    """R_Lᵀ C R_R x in n coordinates: row i of C holds its b entries, in the columns that begin at
+    the greatest multiple of b up to i; none beyond column q."""
+    # In float16 a rotation can carry finite coordinates past 65504, by √2 at most.
+    half = x.dtype == torch.float16
+    u = x / 2 if half else x
+    u = apply_pairs(u, *right) if right else u
+    (q, b), C = C.shape, C.to(x.dtype)
+    if b == 1:
+        z = C[:, 0] * u[..., :q]
+    else:
+        more = -q % b
+        blocks = F.pad(C, (0, 0, 0, more)).unflatten(0, (-1, b))
+        z = block_columns(F.pad(u[..., :q], (0, more)), blocks)[..., :q]
+    z = F.pad(z, (0, n - q))
+    z = apply_pairs(z, left[0], -left[1], left[2]) if left else z
+    return 2 * z if half else z
+
+
+def add_rotated(
+    W: LinearBase,
+    x: Float[Tensor, "*batch d_in"],
+    C: Float[Tensor, "q b"],
+    left: Table | None,
+    right: Table | None,
+    s_1: Float[Tensor, " d_out"] | None,
+    on_output: bool,
+) -> Float[Tensor, "*batch d_out"]:
+    """s ⊙ (W x + Δ) + b, or W x + s ⊙ Δ + b, with Δ = R_Lᵀ C R_R x and s = 1 + s_1, or 1.
+
+    On CUDA one pass adds and scales where the output lies, and backward makes one pass for all sums
+    over tokens. Keeps x, and for s on the output the output itself (with a bias, its own).
+    """
+    if x.dtype == torch.bfloat16 and accumulates(W, x):
+        tables = (*(left or (None,) * 3), *(right or (None,) * 3))
+        return _AddRotated.apply(x, W.weight, W.bias, C, *tables, s_1, on_output)
+    return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
+
+
+class _AddRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, C: Tensor, *rest: Any) -> Tensor:
+        from lora_lite.ops import rotated_kernels
+
+        *tables, s_1, on_output = rest
+        left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y, u = rotated_kernels.forward(rows @ W.T, rows, C, left, right, s_1, b, on_output)
+        keep = None if s_1 is None or not on_output else y if b is None else u
+        ctx.save_for_backward(rows, W, C, *tables, s_1, keep)
+        ctx.on_output, ctx.divide = on_output, keep is not None and b is None
+        return y.view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from lora_lite.ops import rotated_kernels
+
+        x, W, C, *tables, s_1, out = ctx.saved_tensors
+        left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
+        shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, len(W)).contiguous()
+        # With s on the output du = s ⊙ dy; with s on Δ alone du is dy.
+        du, sums = rotated_kernels.sums(
+            dy, dy if out is None else out, x, C, left, right, s_1, ctx.on_output, ctx.divide
+        )
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale = None if ctx.on_output else s_1
+            dx = rotated_kernels.input_gradient(du, x.shape[1], C, left, right, scale)
+            dx = dx.addmm_(du, W).view(shape)
+        q, m = len(C), x.shape[1]
+        ds, dc_L, ds_L, dc_R, ds_R = sums[:5]
+        wide = lambda t: F.pad(t[:q], (0, m - q))
+        return (
+            dx,
+            None,
+            None,
+            sums[5:, :q].T,
+            *((dc_L, ds_L, None) if left else (None,) * 3),
+            *((wide(dc_R), wide(ds_R), None) if right else (None,) * 3),
+            None if s_1 is None else ds,
+            None,
+        )
