@@ -52,6 +52,19 @@ def test_schedules_follow_the_trainers_optimizer_steps(tmp_path):
         assert tensors["ema_row"].any() and tensors["churn_R"][0] > 0
 
 
+def test_what_enters_has_no_moments_in_the_trainers_optimizer(tmp_path):
+    run = trainer(tmp_path, k=4, ema_beta=0.2)
+    run.train()
+    fresh = 0
+    for _, _, adapter in adapters(run.model):
+        for side in "LR":
+            theta = getattr(adapter, f"theta_{side}")
+            entered = getattr(adapter, f"active_{side}") & (theta == 0)
+            assert not run.optimizer.state[theta]["exp_avg_sq"][entered].any()
+            fresh += int(entered.sum())
+    assert fresh > 2
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = trainer(tmp_path / "a", **SELECTING)
     whole.train()

@@ -518,6 +518,17 @@ def test_random_pairs_stay():
     assert ((tensors["theta_L"] != theta) == on).all()
 
 
+def test_random_pairs_join_at_angle_zero():
+    hyper = dict(selection="random", warmup_steps=8, zero_init_core=False, theta_init_std=0.5)
+    model, tensors = adapted(**hyper)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(9):
+        y = model(x)
+        ll.step(model)
+        assert torch.equal(model(x), y)
+    assert tensors["active_L"].sum() == 4
+
+
 def test_gumbel_explores_by_seed_layer_and_step():
     def pairs(seed, steps=3):
         model, _ = adapted(seed=seed, use_gumbel=True, ema_beta=0.0, S_L=3, S_R=12, k=12)
@@ -664,6 +675,13 @@ def test_pairs_that_no_layer_can_have_are_refused_at_load(tmp_path):
             ll.load(Model(), path)
     rewrite(path, good)
     ll.load(Model(), path)
+    model, _ = adapted(d_out=24, k=4, core="coupled", magnitude="none", selection="random")
+    ll.save(model, path)
+    bad = load_file(path)
+    bad["v_proj.support"][:2] = bad["v_proj.support"][:2].flip(0)
+    rewrite(path, bad)
+    with pytest.raises(ValueError, match="jora: v_proj has a support that is not its pairs'"):
+        ll.load(Model(24, 24), path)
 
 
 # Ranks.

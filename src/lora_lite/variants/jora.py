@@ -26,11 +26,12 @@ MAGNITUDE = dict(when=lambda v: v.magnitude != "none")
 class JORA(SelectedRotations):
     """Joint orthogonal rotation adaptation: y = s ⊙ (W x + Δ) + b, Δ = clip(R_Lᵀ C R_R x).
 
-    R_L, R_R turn disjoint pairs of coordinates by φ = 2 atan(θ/2), or θ; which pairs,
-    SelectedRotations says. The core C is diag(d); block, blocks then rem on the diagonal; lowrank,
-    σ A Bᵀ; or, on the support U that the pairs make up, selective, Δ = R_Lᵀ D R_R x − P_U x with
-    D = 1 + delta, and coupled, where D is I₂ + M on each pair. s moves energy between rows at
-    constant Σ (s_i ‖w_i‖)², by oer_softmax or ecd_tanh; on Δ alone, y = W x + b + s ⊙ Δ.
+    R_L, R_R turn disjoint pairs of coordinates by φ = 2 atan(θ/2), or θ: k pairs, chosen by their
+    energy for the S_L + S_R slots every update_interval optimizer steps (SelectedRotations). The
+    core C is diag(d); block, blocks then rem on the diagonal; lowrank, σ A Bᵀ; or, on the support U
+    that the pairs make up, selective, Δ = R_Lᵀ D R_R x − P_U x with D = 1 + delta, and coupled,
+    where D is I₂ + M on each pair. s moves energy between rows at constant Σ (s_i ‖w_i‖)², by
+    oer_softmax or ecd_tanh; on Δ alone, y = W x + b + s ⊙ Δ.
 
     The JORA tuner's README and experiment design; there is no paper. docs/reviews/jora.md.
 
