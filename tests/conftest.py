@@ -4,9 +4,13 @@ import os
 
 os.environ["LORA_LITE_TYPECHECK"] = "1"
 
+import torch
+
+if not torch.cuda.is_available():  # the kernels run by their interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import settings  # noqa: F401
-import torch
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,10 @@ def install() -> None:
     """Check every annotated function of lora_lite imported from here on."""
     from jaxtyping import install_import_hook
 
-    install_import_hook("lora_lite", "beartype.beartype")
+    hook = install_import_hook("lora_lite", "beartype.beartype").hook
+    instrumented = hook.should_instrument
+    # Triton reads the source of its kernels, and can't read a checker's.
+    hook.should_instrument = lambda name: not name.endswith("_kernels") and instrumented(name)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lite.ops.launch import kernels_serve
+
 MOST_COLUMNS = 64
 
 
@@ -44,13 +46,8 @@ def add_block_rows(
 
 def has_kernel(x: Tensor, b: int) -> bool:
     """Whether the kernel serves x; the compiler fuses the plain form by itself."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and b <= MOST_COLUMNS
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-    )
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return kernels_serve(x) and narrow and b <= MOST_COLUMNS and x.numel() > 0
 
 
 class _AddBlockRows(torch.autograd.Function):

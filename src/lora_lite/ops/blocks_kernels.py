@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import launch
+from lora_lite.ops.launch import cdiv, launch, power_of_2
 
 PROGRAMS = 264
 
@@ -16,7 +16,7 @@ def add_block_rows(x: Tensor, R: Tensor) -> Tensor:
     wide, width = tile(b)
     block_t = 128
     launch(
-        _rows, (triton.cdiv(d, width), triton.cdiv(T, block_t)),
+        _rows, (cdiv(d, width), cdiv(T, block_t)),
         x, R, y, T, d,
         b, width, wide, block_t,
     )  # fmt: skip
@@ -28,9 +28,9 @@ def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor) -> tuple[Tensor, T
     dx = torch.empty_like(x)
     wide, width = tile(b)
     block_t = 64
-    groups = triton.cdiv(d, width)
-    splits = max(1, min(triton.cdiv(T, block_t), PROGRAMS // groups))
-    tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
+    groups = cdiv(d, width)
+    splits = max(1, min(cdiv(T, block_t), PROGRAMS // groups))
+    tokens = cdiv(cdiv(T, splits), block_t) * block_t
     dR = x.new_empty(splits, n, b, b, dtype=torch.float32)
     launch(
         _rows_backward, (groups, splits),
@@ -42,7 +42,7 @@ def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor) -> tuple[Tensor, T
 
 def tile(b: int) -> tuple[int, int]:
     """(columns of a tile, how many of them whole blocks fill)."""
-    wide = max(64, triton.next_power_of_2(b))
+    wide = max(64, power_of_2(b))
     return wide, wide // b * b
 
 

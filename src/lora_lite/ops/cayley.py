@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lite.ops.launch import kernels_serve
+
 MOST_COLUMNS = 64
 
 
@@ -47,12 +49,7 @@ def cayley_neumann(q: Float[Tensor, "n e"], b: int, terms: int) -> Float[Tensor,
 
 def has_kernel(q: Tensor, b: int) -> bool:
     """Whether the kernel serves q; the compiler fuses the plain form by itself."""
-    return (
-        q.is_cuda
-        and q.dtype == torch.float32
-        and 2 <= b <= MOST_COLUMNS
-        and not torch.compiler.is_compiling()
-    )
+    return kernels_serve(q) and q.dtype == torch.float32 and 2 <= b <= MOST_COLUMNS
 
 
 class _Rotation(torch.autograd.Function):

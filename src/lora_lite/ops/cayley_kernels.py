@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import launch
+from lora_lite.ops.launch import launch, power_of_2
 
 
 def rotation(q: Tensor, b: int, terms: int | None) -> tuple[Tensor, Tensor | None]:
     """(R − I, and (I − Q)⁻¹ where the transform is exact)."""
-    n, wide = len(q), max(16, triton.next_power_of_2(b))
+    n, wide = len(q), max(16, power_of_2(b))
     R_1 = q.new_empty(n, b, b)
     if terms is not None:
         launch(_neumann, (n,), q, R_1, terms, b, wide)
@@ -24,7 +24,7 @@ def backward(G: Tensor, saved: Tensor, terms: int | None) -> Tensor:
     """The gradient to q; `saved` is q for the series, (I − Q)⁻¹ for the exact transform."""
     n, b, _ = G.shape
     dq = G.new_empty(n, b * (b - 1) // 2)
-    wide = max(16, triton.next_power_of_2(b))
+    wide = max(16, power_of_2(b))
     if terms is None:
         launch(_cayley_backward, (n,), G, saved, dq, b, wide)
     else:

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lite.ops.launch import kernels_serve
+
 
 def oer_softmax(
     g: Float[Tensor, " n"], norms: Float[Tensor, " n"], temperature: float | Float[Tensor, ""]
@@ -42,8 +44,7 @@ def ecd_tanh(
 
 def has_kernel(g: Tensor) -> bool:
     """Whether the kernel serves g: one program holds it."""
-    compiling = torch.compiler.is_compiling()
-    return g.is_cuda and g.dtype == torch.float32 and len(g) <= 2**16 and not compiling
+    return kernels_serve(g) and g.dtype == torch.float32 and len(g) <= 2**16
 
 
 class _OER(torch.autograd.Function):

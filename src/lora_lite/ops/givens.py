@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lite.ops.launch import kernels_serve
+
 
 def random_pairs(d: int, n: int, slots: int, generator: torch.Generator) -> Int64[Tensor, "S 2"]:
     """n disjoint random pairs of 0 … d−1 in the first of `slots` rows, −1 in the others."""
@@ -36,7 +38,7 @@ def rotation_tables(
     max_angle: float,
 ) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
     """The tables (c, s, p) of the rotations of the active pairs by their angles."""
-    if theta.is_cuda and theta.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if kernels_serve(theta) and theta.dtype == torch.float32:
         return _RotationTables.apply(theta, pairs, active, d, cayley, max_angle)
     pairs = torch.where(active[:, None], pairs, -1)
     return pair_tables(pairs, rotations(angles(theta, cayley, max_angle)), rest=1.0, d=d)
@@ -80,9 +82,7 @@ class _RotationTables(torch.autograd.Function):
         from lora_lite.ops import givens_kernels
 
         c, s, p = givens_kernels.tables(theta, pairs, active, d, cayley, max_angle)
-        # Copies: the pairs are chosen anew in place.
-        ctx.save_for_backward(theta)
-        ctx.slots = pairs.clone(), active.clone()
+        ctx.save_for_backward(theta, pairs, active)
         ctx.how = cayley, max_angle
         ctx.mark_non_differentiable(p)
         return c, s, p
@@ -92,8 +92,7 @@ class _RotationTables(torch.autograd.Function):
     def backward(ctx: Any, dc: Tensor, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         from lora_lite.ops import givens_kernels
 
-        theta = ctx.saved_tensors[0]
-        dtheta = givens_kernels.tables_backward(dc, ds, theta, *ctx.slots, *ctx.how)
+        dtheta = givens_kernels.tables_backward(dc, ds, *ctx.saved_tensors, *ctx.how)
         return dtheta, None, None, None, None, None
 
 

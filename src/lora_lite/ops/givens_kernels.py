@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from lora_lite.ops.launch import launch
+from lora_lite.ops.launch import cdiv, launch, power_of_2
 
 BLOCK = 256
 
@@ -18,7 +18,7 @@ def tables(
     c, s = theta.new_empty(d), theta.new_empty(d)
     p = torch.empty(d, dtype=torch.int64, device=theta.device)
     launch(
-        _tables, (triton.cdiv(d, BLOCK),),
+        _tables, (cdiv(d, BLOCK),),
         theta, pairs, active, c, s, p, d, len(theta), max_angle,
         cayley, max_angle > 0, BLOCK,
     )  # fmt: skip
@@ -35,7 +35,7 @@ def tables_backward(
     max_angle: float,
 ) -> Tensor:
     dtheta = torch.empty_like(theta)
-    block = triton.next_power_of_2(len(theta))
+    block = power_of_2(len(theta))
     launch(
         _tables_backward, (1,),
         dc, ds, theta, pairs, active, dtheta, len(theta), max_angle,

@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INTERPRETED = False
+"""Whether kernels run on the CPU too, by Triton's interpreter (TRITON_INTERPRET=1): for tests."""
+
 _compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def kernels_serve(t: Tensor) -> bool:
+    """Whether kernels take the tensor: on CUDA, in eager mode. The compiler fuses plain forms."""
+    return (t.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3) -> None:
@@ -19,12 +27,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
         with torch.cuda.device(device):
             return launch(kernel, grid, *args, warps=warps, stages=stages)
     kinds = [(arg.dtype, arg.data_ptr() % 16) if isinstance(arg, Tensor) else arg for arg in args]
-    key = (kernel, device.index, warps, stages, *kinds)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*args)
+    key = (kernel, grid, device.index, warps, stages, *kinds)
+    run = _compiled.get(key)
+    if run is not None:
+        run(*args)
         return
     compiled = kernel[grid](*args, num_warps=warps, num_stages=stages)
     # An interpreted kernel gives nothing to keep.
     if compiled is not None:
-        _compiled[key] = compiled
+        _compiled[key] = compiled[(*grid, 1, 1)[:3]]
+
+
+# triton's own pass for compile-time functions, and cost the host several times as much.
+
+
+def cdiv(a: int, b: int) -> int:
+    """The least whole number not below a/b."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 not below n."""
+    return 1 << (n - 1).bit_length()

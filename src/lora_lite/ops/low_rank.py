@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.launch import kernels_serve
 from lora_lite.ops.skinny import (
     down,
     down_and_outer,
@@ -103,12 +104,7 @@ def scaled(
 def accumulates(W: LinearBase, x: Tensor) -> bool:
     """Whether W's product may be taken apart: a plain CUDA layer in eager mode. The compiler
     fuses the plain form by itself; in float16 that form guards against overflow."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and not torch.compiler.is_compiling()
-        and W.is_plain(x)
-    )
+    return kernels_serve(x) and x.dtype in (torch.bfloat16, torch.float32) and W.is_plain(x)
 
 
 class _AddLowRank(torch.autograd.Function):

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.launch import kernels_serve
 from lora_lite.ops.skinny import MOST_ROWS
 
 RECHECKED_ROWS = 16
@@ -15,12 +16,11 @@ def has_kernel(W: LinearBase, A: Tensor) -> bool:
     """Whether the kernel serves W."""
     weight = W.layer.weight
     return (
-        weight.is_cuda
+        kernels_serve(weight)
         and type(weight) in (Tensor, torch.nn.Parameter)
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and A.dtype == torch.float32
         and len(A) <= MOST_ROWS
-        and not torch.compiler.is_compiling()
     )
 
 

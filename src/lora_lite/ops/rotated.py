@@ -56,7 +56,7 @@ def add_rotated(
     On CUDA one pass adds and scales where the output lies, and backward makes one pass for all sums
     over tokens. Keeps x, and for s on the output the output itself (with a bias, its own).
     """
-    if x.dtype == torch.bfloat16 and accumulates(W, x):
+    if accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
         return _AddRotated.apply(x, W.weight, W.bias, C, *tables, s_1, on_output)
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
@@ -95,7 +95,7 @@ class _AddRotated(torch.autograd.Function):
             dx = dx.addmm_(du, W).view(shape)
         q, m = len(C), x.shape[1]
         ds, dc_L, ds_L, dc_R, ds_R = sums[:5]
-        wide = lambda t: F.pad(t[:q], (0, m - q))
+        wide = lambda t: t if q == m == len(W) else F.pad(t[:q], (0, m - q))
         return (
             dx,
             None,

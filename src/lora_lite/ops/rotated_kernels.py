@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import launch
+from lora_lite.ops.launch import cdiv, launch
 
 Table = tuple[Tensor, Tensor, Tensor]
 PROGRAMS = 528
@@ -32,7 +32,7 @@ def forward(
     biased, scaled = b is not None, s_1 is not None
     y = torch.empty_like(z) if biased and scaled and on_output else z
     launch(
-        _forward, (triton.cdiv(n, BLOCK), triton.cdiv(T, 16)),
+        _forward, (cdiv(n, BLOCK), cdiv(T, 16)),
         z, x, C, *tables(left, C), *tables(right, C), s_1 if scaled else C, b if biased else C, y,
         T, n, m, len(C),
         left is not None, right is not None, scaled, on_output, biased, y is not z,
@@ -56,13 +56,13 @@ def sums(
     (T, n), m, K = dy.shape, x.shape[1], C.shape[1]
     scaled = s_1 is not None
     du = torch.empty_like(dy) if scaled and on_output else dy
-    blocks = triton.cdiv(n, BLOCK)
-    splits = max(1, min(triton.cdiv(T, 64), triton.cdiv(PROGRAMS, blocks)))
+    blocks = cdiv(n, BLOCK)
+    splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, blocks)))
     parts = dy.new_empty(splits, 5 + K, n, dtype=torch.float32)
     launch(
         _sums, (blocks, splits),
         dy, out, x, C, *tables(left, C), *tables(right, C), s_1 if scaled else C, du, parts,
-        T, n, m, len(C), triton.cdiv(T, splits),
+        T, n, m, len(C), cdiv(T, splits),
         left is not None, right is not None, scaled, on_output, divide,
         K, 8, BLOCK,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def input_gradient(
     T, n = du.shape
     dx = du.new_empty(T, m)
     launch(
-        _input_gradient, (triton.cdiv(m, BLOCK), triton.cdiv(T, 16)),
+        _input_gradient, (cdiv(m, BLOCK), cdiv(T, 16)),
         du, C, *tables(left, C), *tables(right, C), C if s_1 is None else s_1, dx,
         T, n, m, len(C),
         left is not None, right is not None, s_1 is not None,

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from lora_lite.ops.launch import kernels_serve
+
 
 def mean_square(x: Float[Tensor, "*batch d"]) -> Float32[Tensor, " d"]:
     """Each coordinate's energy: the mean of x_i² over tokens; NaN where there is none."""
@@ -17,12 +19,17 @@ def mean_square(x: Float[Tensor, "*batch d"]) -> Float32[Tensor, " d"]:
 
 
 def ema_(
-    average: Float32[Tensor, " d"], sample: Float32[Tensor, " d"], beta: float
+    average: Float32[Tensor, " d"], x: Float[Tensor, "*batch d"], beta: float
 ) -> Float32[Tensor, " d"]:
-    """average ← β average + (1 − β) sample, in place; a sample that isn't finite is left out."""
-    # Squares: their sum is finite where they are.
-    finite = sample.sum() < torch.inf
-    return average.copy_(torch.where(finite, average.lerp(sample, 1 - beta), average))
+    """average ← β average + (1 − β) mean_square(x), in place; a sample that isn't finite is left
+    out."""
+    if kernels_serve(x) and x.dtype != torch.float64:
+        from lora_lite.ops import selection_kernels
+
+        return selection_kernels.ema_(average, x.reshape(-1, x.shape[-1]), beta)
+    sample = mean_square(x)
+    mixed = beta * average + (1 - beta) * sample
+    return average.copy_(torch.where(sample.isfinite().all(), mixed, average))
 
 
 def gumbel(d: int, generator: torch.Generator) -> Float32[Tensor, " {d}"]:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_lite.ops.launch import kernels_serve
+
 MOST_ROWS = 128
 LEAST_TOKENS = 256
 
@@ -102,7 +104,7 @@ def scaled_down_and_outer(
 def has_kernel(x: Tensor, rows: int) -> bool:
     """Whether the kernel serves x: 16-bit floats on CUDA, few rows, and tokens to spread."""
     return (
-        x.is_cuda
+        kernels_serve(x)
         and x.dtype in (torch.bfloat16, torch.float16)
         and 0 < rows <= MOST_ROWS
         and len(x) >= LEAST_TOKENS

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import launch
+from lora_lite.ops.launch import cdiv, launch, power_of_2
 
 
 def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
@@ -14,7 +14,7 @@ def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
     h = x.new_empty(T, r)
     block_t = 32
     launch(
-        _down, (triton.cdiv(T, block_t),),
+        _down, (cdiv(T, block_t),),
         x, A, h, T, d, r, x.stride(0), scale,
         block_t, 256 if r <= 32 else 64, block_rows(r),
         stages=5 if r <= 32 else 3,
@@ -28,7 +28,7 @@ def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     y = h.new_empty(T, n)
     block_t, block_n = 64, 128
     launch(
-        _up, (triton.cdiv(T, block_t), triton.cdiv(n, block_n)),
+        _up, (cdiv(T, block_t), cdiv(n, block_n)),
         h, B, h if b is None else b, y, T, n, r, *B.stride(),
         b is not None, block_t, block_n, block_rows(r),
     )  # fmt: skip
@@ -39,12 +39,12 @@ def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     g, h = rows_together(g), h.contiguous()
     (T, n), r = g.shape, h.shape[1]
     block_n = 64
-    tiles = triton.cdiv(n, block_n)
-    splits = max(1, min(triton.cdiv(T, 256), triton.cdiv(PROGRAMS, tiles)))
+    tiles = cdiv(n, block_n)
+    splits = max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
     parts = g.new_empty(splits, n, r, dtype=torch.float32)
     launch(
         _outer, (tiles, splits),
-        g, h, parts, T, n, r, triton.cdiv(T, splits), g.stride(0),
+        g, h, parts, T, n, r, cdiv(T, splits), g.stride(0),
         64, block_n, block_rows(r),
         stages=4,
     )  # fmt: skip
@@ -74,9 +74,9 @@ def _both(
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
     block_t, block_n = 128 if scaled or r > 32 else 256, 64 if r <= 64 else 32
-    rows = triton.cdiv(T, block_t)
-    splits = max(1, min(triton.cdiv(n, block_n), triton.cdiv(PROGRAMS // 2, rows)))
-    columns = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
+    rows = cdiv(T, block_t)
+    splits = max(1, min(cdiv(n, block_n), cdiv(PROGRAMS // 2, rows)))
+    columns = cdiv(cdiv(n, splits), block_n) * block_n
     dp = g.new_empty(splits, T, r, dtype=torch.float32)
     dB = g.new_empty(rows, n, r, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
@@ -99,7 +99,7 @@ def scaled_up(
     y = torch.empty_like(z) if biased else z
     block_t, block_n = 64, 128
     launch(
-        _scaled_up, (triton.cdiv(T, block_t), triton.cdiv(n, block_n)),
+        _scaled_up, (cdiv(T, block_t), cdiv(n, block_n)),
         z, h, B, g_1, b if biased else g_1, y, T, n, r,
         biased, block_t, block_n, block_rows(r),
     )  # fmt: skip
@@ -112,7 +112,7 @@ def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> T
     out = torch.empty_like(norms)
     block_i = 32
     launch(
-        _row_norms, (triton.cdiv(n, block_i),),
+        _row_norms, (cdiv(n, block_i),),
         W, B.contiguous(), A.contiguous(), norms, out, n, d, r, *W.stride(), scale,
         "ieee" if W.dtype == torch.float32 else "tf32", block_i, 128, block_rows(r),
         stages=4,
@@ -128,7 +128,7 @@ def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
     arguments, ends, block = [], [], 512
     for k in range(3):
         part, sums = parts[min(k, last)][0], out[min(k, last)]
-        programs = triton.cdiv(sums.numel(), block) if k <= last else 0
+        programs = cdiv(sums.numel(), block) if k <= last else 0
         ends.append(programs + (ends[-1] if ends else 0))
         arguments += [part, sums, len(part), sums.numel()]
     launch(
@@ -150,7 +150,7 @@ def rows_together(x: Tensor) -> Tensor:
 
 def block_rows(r: int) -> int:
     """The least tile of at least r rows that the matrix units take."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, power_of_2(r))
 
 
 @triton.jit

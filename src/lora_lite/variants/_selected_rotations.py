@@ -16,7 +16,6 @@ from lora_lite.ops.selection import (
     ema_,
     explore,
     gumbel,
-    mean_square,
     moved_share,
     rebind,
 )
@@ -208,7 +207,7 @@ class SelectedRotations(Variant, abstract=True):
     def observe(self, x: Tensor, g: Tensor, **t: Tensor) -> None:
         for side, sample in (("L", g), ("R", x)):
             if side in self.sides:
-                ema_(t[ENERGY[side]], mean_square(sample), self.ema_beta)
+                ema_(t[ENERGY[side]], sample, self.ema_beta)
 
     def step(self, tensors: dict[str, Tensor], now: Step) -> None:
         if self.selection == "random" and self.warms_up and self.chooses_at(now.number):

@@ -1,0 +1,140 @@
+"""A layer whose product is taken apart gives what the plain form gives, gradients too."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.ops import launch
+from lora_lite.testing import close, move
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, *([torch.bfloat16] if CUDA else [])]
+J = dict(S_L=6, S_R=5, k=5, zero_init_core=False, selection="random")
+METHODS = [
+    ("lora", dict(r=4)),
+    ("pissa", dict(r=4)),
+    ("dora", dict(r=4)),
+    ("dplr", dict(r=16)),
+    ("antipasto_rot", dict(r=16, rotate_basis="both")),
+    ("oft", dict(block_size=8)),
+    ("oft", dict(block_size=8, exact=True, block_share=True)),
+    ("jora", dict(J)),
+    ("jora", dict(J, magnitude="none")),
+    ("jora", dict(J, magnitude="ecd_tanh", magnitude_on="delta")),
+    ("jora", dict(J, core="block", block_size=3)),
+    ("jora", dict(J, core="block", single_sided="left", magnitude_on="delta")),
+    ("jora", dict(J, core="lowrank", lowrank_r=3)),
+    ("jora", dict(J, core="lowrank", magnitude_on="delta", single_sided="right")),
+    ("jora", dict(J, S_L=0, S_R=0, k=0)),
+]
+LAYERS = [(24, 40, True), (40, 24, False)]
+
+
+def outputs(layer, x, g):
+    """y and its gradients, to x and to every trained tensor."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, [x, *trained.values()], g)
+    return {"y": y, **dict(zip(["x", *trained], grads))}
+
+
+def adapted(d_in, d_out, bias, dtype, variant, hyperparameters):
+    layer = nn.Linear(d_in, d_out, bias=bias, dtype=dtype, device=DEVICE)
+    ll.attach(layer, variant, seed=0, **hyperparameters)
+    move(layer)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d_in, d_out, bias", LAYERS)
+@pytest.mark.parametrize("variant, hyperparameters", METHODS, ids=str)
+def test_fused_equals_plain(monkeypatch, variant, hyperparameters, d_in, d_out, bias, dtype):
+    layer = adapted(d_in, d_out, bias, dtype, variant, hyperparameters)
+    # Enough tokens for every kernel, in a shape and a layout of some awkwardness.
+    x = torch.randn(3, d_in, 100, dtype=dtype, device=DEVICE).mT
+    g = torch.randn(3, 100, d_out, dtype=dtype, device=DEVICE)
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    fused = outputs(layer, x, g)
+    exact = layer.double()
+    plain = outputs(exact, x.double(), g.double())
+    for key, want in plain.items():
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        close(fused[key].double(), want, tolerance, f"{variant}: {key}")
+
+
+def nodes(y):
+    """Names of the autograd nodes behind y."""
+    seen, left = set(), [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [parent for parent, _ in node.next_functions]
+    return {type(node).__name__ for node in seen}
+
+
+@pytest.mark.parametrize(
+    "variant, hyperparameters, node",
+    [
+        ("lora", {}, "_AddLowRankBackward"),
+        ("dora", {}, "_ScaledAddLowRankBackward"),
+        ("dplr", dict(r=16), "_AddCoreBackward"),
+        ("oft", dict(block_size=8), None),
+        ("jora", {}, "_AddRotatedBackward"),
+    ],
+)
+def test_what_is_not_plain_is_not_taken_apart(monkeypatch, variant, hyperparameters, node):
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    layer = nn.Linear(24, 40, device=DEVICE)
+    ll.attach(layer, variant, **hyperparameters)
+    x = torch.randn(300, 24, device=DEVICE)
+    if node is None:
+        return
+    assert node in nodes(layer(x))
+    with ll.strength(layer, 0.5):
+        assert node not in nodes(layer(x))
+    layer.weight.requires_grad_(True)
+    assert node not in nodes(layer(x))
+    layer.weight.requires_grad_(False)
+    ll.attach(layer, "lora", name="above")
+    y = layer(x)
+    ll.detach(layer, "above")
+    assert node in nodes(y)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    other = Doubled(24, 40, device=DEVICE)
+    ll.attach(other, variant, **hyperparameters)
+    assert node not in nodes(other(x))
+    close(other(x), 2 * nn.functional.linear(x, other.weight, other.bias), 1e-6, "the output")
+
+
+def test_a_layer_beneath_another_adapter_runs_it(monkeypatch):
+    layer = nn.Linear(24, 40, device=DEVICE)
+    for name in ("one", "two"):
+        ll.attach(layer, "lora", name=name)
+    move(layer)
+    x = torch.randn(300, 24, device=DEVICE)
+    want = layer(x)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    close(layer(x), want, 1e-6, "the output of two")
+
+
+def test_conv1d_layers_are_taken_apart_too(monkeypatch):
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(40, 24).to(DEVICE)
+    ll.attach(layer, "dora", r=4)
+    move(layer)
+    x, g = torch.randn(300, 24, device=DEVICE), torch.randn(300, 40, device=DEVICE)
+    plain = outputs(layer, x, g)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    for key, got in outputs(layer, x, g).items():
+        close(got, plain[key], 1e-5, key)
+    assert "_ScaledAddLowRankBackward" in nodes(layer(x))
