@@ -35,7 +35,8 @@ class Base:
 
     def __init__(self, layer: nn.Module, below: Callable[..., Any] | None = None) -> None:
         self.layer = layer
-        self.below = below or frozen_forward(layer)
+        # Not `or`: torch 2.11's dynamo cannot ask a bound method whether it is true.
+        self.below = frozen_forward(layer) if below is None else below
 
     def __init_subclass__(cls) -> None:
         Base.kinds.append(cls)
