@@ -1,13 +1,13 @@
-"""The laws once more on a GPU, compiled by inductor."""
+"""The laws once more on a GPU, some of them compiled by inductor."""
 
 import pytest
 import torch
-from settings import cases
+from settings import BUILT_IN, RECTANGULAR, SMALL, cases
 from torch import nn
 
 import lora_lite as ll
 from lora_lite.shapes import unchecked
-from lora_lite.testing import LAWS, TOLERANCE, Case
+from lora_lite.testing import LAWS, TOLERANCE, Case, compiled_equals_eager
 from lora_lite.variant import configure
 
 pytestmark = [
@@ -16,11 +16,18 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name, hyperparameters, sizes", cases(), ids=str)
+@pytest.mark.parametrize("name, hyperparameters, sizes", list(cases()), ids=str)
 def test_laws_on_cuda(name, hyperparameters, sizes):
     for dtype in TOLERANCE:
         for law in LAWS:
-            law(Case(configure(name, **hyperparameters), sizes, dtype, "cuda", "inductor"))
+            law(Case(configure(name, **hyperparameters), sizes, dtype, "cuda"))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_inductor_compiles_whole(name):
+    hyperparameters = SMALL.get(name, [{}])[0]
+    case = Case(configure(name, **hyperparameters), RECTANGULAR, torch.float32, "cuda", "inductor")
+    compiled_equals_eager(case)
 
 
 def test_jora_never_waits_for_the_device():
