@@ -11,7 +11,7 @@ from lora_lite.testing import close, move
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, *([torch.bfloat16] if CUDA else [])]
+DTYPES = [torch.bfloat16] if CUDA else [torch.float32]
 J = dict(S_L=6, S_R=5, k=5, zero_init_core=False, selection="random")
 METHODS = [
     ("lora", dict(r=4)),
@@ -83,7 +83,6 @@ def nodes(y):
         ("lora", {}, "_AddLowRankBackward"),
         ("dora", {}, "_ScaledAddLowRankBackward"),
         ("dplr", dict(r=16), "_AddCoreBackward"),
-        ("oft", dict(block_size=8), None),
         ("jora", {}, "_AddRotatedBackward"),
     ],
 )
@@ -92,8 +91,6 @@ def test_what_is_not_plain_is_not_taken_apart(monkeypatch, variant, hyperparamet
     layer = nn.Linear(24, 40, device=DEVICE)
     ll.attach(layer, variant, **hyperparameters)
     x = torch.randn(300, 24, device=DEVICE)
-    if node is None:
-        return
     assert node in nodes(layer(x))
     with ll.strength(layer, 0.5):
         assert node not in nodes(layer(x))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
+from lora_lite.ops import launch
 from lora_lite.ops.launch import kernels_serve
 from lora_lite.ops.skinny import (
     down,
@@ -102,9 +103,13 @@ def scaled(
 
 
 def accumulates(W: LinearBase, x: Tensor) -> bool:
-    """Whether W's product may be taken apart: a plain CUDA layer in eager mode. The compiler
-    fuses the plain form by itself; in float16 that form guards against overflow."""
-    return kernels_serve(x) and x.dtype in (torch.bfloat16, torch.float32) and W.is_plain(x)
+    """Whether W's product may be taken apart: a plain layer, where kernels serve, in bfloat16.
+
+    In float16 the plain form guards against overflow, and in float32 it leaves a fresh adapter's
+    output as it is to the last bit, whatever order of sums the library takes for the other.
+    """
+    dtypes = (torch.bfloat16, torch.float32) if launch.INTERPRETED else (torch.bfloat16,)
+    return kernels_serve(x) and x.dtype in dtypes and W.is_plain(x)
 
 
 class _AddLowRank(torch.autograd.Function):

@@ -56,7 +56,8 @@ def add_rotated(
     On CUDA one pass adds and scales where the output lies, and backward makes one pass for all sums
     over tokens. Keeps x, and for s on the output the output itself (with a bias, its own).
     """
-    if accumulates(W, x):
+    # The kernel reads a wide core's neighbours again and again, and loses to the plain form.
+    if C.shape[1] == 1 and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
         return _AddRotated.apply(x, W.weight, W.bias, C, *tables, s_1, on_output)
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
