@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 from lora_lite.variant import Variant, variant_class
 
@@ -26,7 +27,38 @@ def describe(variant: str | type[Variant]) -> Description:
         + (", shared by all layers" if spec.shared else "")
         for key, spec in cls.specs.items()
     ]
+    usual = cls()
+    facts = [
+        f"  adapts: {cls.site}",
+        f"  trained parameters a layer: {parameters(usual)}",
+        f"  starts as the identity: {'yes' if usual.starts_as_identity() else 'no'}",
+        f"  merges: {'no, ' + reason if (reason := usual.nonlinear()) else 'yes'}",
+    ]
     parts = [f"{cls.name} ({cls.__name__})", inspect.getdoc(cls) or ""]
     parts += ["Hyperparameters:\n" + "\n".join(fields)] if fields else []
     parts += ["Tensors:\n" + "\n".join(tensors)] if tensors else []
+    parts += ["At the defaults:\n" + "\n".join(facts)]
     return Description("\n\n".join(parts))
+
+
+def formula(cls: type[Variant]) -> str:
+    """The first sentence of a method's documentation, which says its update."""
+    first = (inspect.getdoc(cls) or cls.__name__).split("\n\n")[0]
+    return " ".join(first.split()).removesuffix(".")
+
+
+def papers(cls: type[Variant]) -> list[str]:
+    """The arXiv numbers that a method's documentation cites, in order."""
+    return list(dict.fromkeys(re.findall(r"arXiv:\s?(\d{4}\.\d{4,5})", inspect.getdoc(cls) or "")))
+
+
+def parameters(variant: Variant) -> str:
+    """How many numbers train at one layer, in the words of the tensors' shapes."""
+    terms = []
+    for key in variant.tensor_names():
+        if variant.specs[key].trainable:
+            words = variant.annotations[key].dim_str.split() or ["1"]
+            words = [w if re.fullmatch(r"\w+", w) or len(words) == 1 else f"({w})" for w in words]
+            shared = " once for all layers" if variant.specs[key].shared else ""
+            terms.append("·".join(words) + shared)
+    return " + ".join(terms) or "0"

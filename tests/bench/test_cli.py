@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lora_lite.bench import report, rows
+from lora_lite.bench import catalogue, report, rows
 from lora_lite.bench.runner import Protocol
 from lora_lite.cli import main
 
@@ -117,8 +117,11 @@ def test_report_makes_the_readme_block_and_the_plot_from_results(tmp_path, monke
     monkeypatch.setattr(report, "Protocol", lambda: short)
     assert main(["report", "--root", str(root)]) == 0
     text = (root / "README.md").read_text()
-    assert text.startswith("# A title\n\nText.\n") and "| lora |" in text
-    assert report.readme_is_current(root)
+    assert (
+        text.startswith("# A title\n\nText.\n")
+        and "| [lora](src/lora_lite/variants/lora.py) |" in text
+    )
+    assert not report.stale(root)
     assert (root / "docs/digits.png").stat().st_size > 1000
     # The block stays where it is put, and follows the files.
     (root / "README.md").write_text(text + "\nAfter.\n")
@@ -126,14 +129,14 @@ def test_report_makes_the_readme_block_and_the_plot_from_results(tmp_path, monke
     data = json.loads(path.read_text())
     data["trainable_parameters"] = 12345
     path.write_text(json.dumps(data))
-    assert not report.readme_is_current(root)
+    assert report.stale(root) == ["README.md", "docs/digits.md", "docs/variants.md"]
     assert main(["report", "--root", str(root)]) == 0
     text = (root / "README.md").read_text()
-    assert "12,345" in text and text.endswith("After.\n") and text.count(report.BEGIN) == 1
+    assert "12,345" in text and text.endswith("After.\n") and text.count(catalogue.BEGIN) == 1
 
 
 def test_the_projects_own_readme_is_current():
     root = rows.checkout()
     if root is None or not (root / "results").is_dir():
         pytest.skip("not in a source checkout")
-    assert report.readme_is_current(root), "run `just report`"
+    assert not report.stale(root), "run `just report`"

@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite import shapes
-from lora_lite.bench import cost, cost_report, cost_rows, report, rows, scaling, twins
+from lora_lite.bench import cost, cost_report, cost_rows, rows, scaling, twins
 from lora_lite.bench.workload import Shape, Side, llama
 from lora_lite.cli import main
 from lora_lite.variant import configure
@@ -275,13 +275,12 @@ def on_gpu(row, **changes):
 
 def test_the_table_and_the_chart_come_from_the_rows(lora, tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("# A title\n")
     results = tmp_path / "results"
     cost_rows.write(
         dataclasses.replace(lora, shape=dataclasses.asdict(cost.DEFAULT["cpu"])), results
     )
     cost_report.write(tmp_path)
-    # A CPU's rows are not for README.
+    # A CPU's rows are not for the table.
     assert cost_report.markdown(results) is None and not list((tmp_path / "docs").iterdir())
     side = lambda ms, mib: dataclasses.replace(lora.ours, ms=ms, peak_mib=mib)
     costs = dict(floor=side(10.0, 100.0), ours=side(10.5, 120.0), peft_default=side(16.0, 1600.0))
@@ -299,8 +298,7 @@ def test_the_table_and_the_chart_come_from_the_rows(lora, tmp_path):
     assert (tmp_path / "docs/cost.png").stat().st_size > 1000
     document = (tmp_path / "docs/cost.md").read_text()
     assert "q+v" in document and "it fails" in document
-    assert cost_report.is_current(tmp_path)
-    assert report._replaced("a\n", cost_report.BEGIN, cost_report.END, text) == f"a\n\n{text}\n"
+    assert document == cost_report.document(results) and text in document
     cost_rows.write(dataclasses.replace(wins, params=1, steps=1), results)
     cost_rows.write(dataclasses.replace(wins, ours=side(11.0, 120.0)), results)
-    assert not cost_report.is_current(tmp_path)
+    assert document != cost_report.document(results)

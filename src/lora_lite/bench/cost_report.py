@@ -1,6 +1,5 @@
-"""The cost benchmark's table in README.md, its chart, and docs/cost.md with every number, from
-result files and nothing else. README has the rows of GPUs alone: a CPU's show that the benchmark
-runs."""
+"""docs/cost.md, a table first and then every number, and its chart, from result files and nothing
+else. They have the rows of GPUs alone: a CPU's show that the benchmark runs."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,7 +8,6 @@ from typing import Any
 
 from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Row, read
 
-BEGIN, END = "<!-- cost:begin -->", "<!-- cost:end -->"
 SIDES = ("ours", *PEFT_DTYPES)
 NAMES = {"ours": "lora-lite", "peft_default": "PEFT", "peft_same_dtype": "PEFT, bf16 adapter"}
 COLOURS = {"ours": "#2458a6", "peft_default": "#d1495b", "peft_same_dtype": "#e9a3ab"}
@@ -29,7 +27,7 @@ Pair = dict[str, Row]
 
 
 def shown(found: Iterable[Row]) -> dict[str, dict[str, Pair]]:
-    """The rows for README: by GPU and by label, those on all projections at the default shape; what
+    """The rows of the table: by GPU and by label, those on all projections at the default shape; what
     costs least, eager before compiled, first."""
     out: dict[str, dict[str, Pair]] = {}
     for row in found:
@@ -43,7 +41,7 @@ def shown(found: Iterable[Row]) -> dict[str, dict[str, Pair]]:
 
 
 def markdown(results: Path) -> str | None:
-    """README's block between its markers; None where there are no rows for it."""
+    """The table and how it came about; None where there are no rows for it."""
     devices = shown(read(results))
     if not devices:
         return None
@@ -52,9 +50,7 @@ def markdown(results: Path) -> str | None:
         lines = [_line(COLUMNS), _line(["---"] + ["---:"] * (len(COLUMNS) - 1))]
         lines += [_line(_cells(label, pair)) for label, pair in methods.items()]
         blocks += ["\n".join(lines), notes(device, methods)]
-    return "\n\n".join(
-        [f"{BEGIN}\n{blocks[0]}", *blocks[1:], f"![The same rows](docs/cost.png)\n{END}"]
-    )
+    return "\n\n".join([*blocks, "![The same rows](cost.png)"])
 
 
 def notes(device: str, methods: dict[str, Pair]) -> str:
@@ -80,7 +76,7 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         f"{min(row.steps for row in measured)} or more steps after warm-up, all sides in one "
         "process, in alternating rounds, on the same weights and adapter tensors, with outputs "
         f"and gradients that agree. {device}, torch {versions['torch']}, PEFT {versions['peft']}. "
-        "More in [docs/cost.md](docs/cost.md); yours: `just cost`."
+        "Yours: `just cost`."
     )
 
 
@@ -92,14 +88,6 @@ def write(root: Path) -> None:
         plot(devices, root / "docs/cost.png")
 
 
-def is_current(root: Path) -> bool:
-    """Whether docs/cost.md is what the result files give."""
-    path = root / "docs/cost.md"
-    return (document(root / "results") or "") == (
-        path.read_text(encoding="utf-8") if path.is_file() else ""
-    )
-
-
 def document(results: Path) -> str | None:
     """docs/cost.md: every row of every GPU; None where there is none."""
     on_gpu = lambda task: [row for row in read(results, task) if row.device_type == "cuda"]
@@ -108,6 +96,7 @@ def document(results: Path) -> str | None:
     if not (found or growth):
         return None
     parts = ["# What a training step costs", "Generated from results/cost by `just report`."]
+    parts += [text] if (text := markdown(results)) else []
     parts += ["## Every row", _long(found)] if found else []
     parts += ["## Growth", _long(growth)] if growth else []
     hosts = [row for row in hosts if row["device"] in {row.device for row in (*found, *growth)}]

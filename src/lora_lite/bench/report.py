@@ -1,15 +1,14 @@
-"""The README's tables and the plots, from result files and nothing else."""
+"""README's table, the pages of numbers in docs/ and the plots, from result files and the registry."""
 
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_lite.bench import cost_report
+from lora_lite.bench import catalogue, cost_report
 from lora_lite.bench.rows import Row, read
 from lora_lite.bench.runner import BASE, FULL, SWEEP_SEED, TASK, Protocol, plain
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
     "method",
     "trained parameters",
@@ -48,14 +47,16 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def markdown(rows: list[Row]) -> str:
-    """The README's block between its markers, for the rows of the default protocol."""
-    protocol = Protocol()
-    rows = comparable(rows, protocol)
+def document(rows: list[Row]) -> str:
+    """docs/digits.md: the rows of the default protocol."""
+    rows = comparable(rows, Protocol())
     lines = ["| " + " | ".join(COLUMNS) + " |"]
     lines.append("| " + " | ".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + " |")
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([BEGIN, *lines, "", "![The same rows](docs/digits.png)", "", notes(rows), END])
+    title = "# Adapting a vision transformer to turned digits"
+    made = "Generated from results/digits by `just report`."
+    parts = [title, made, "\n".join(lines), "![The same rows](digits.png)", notes(rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def notes(rows: list[Row]) -> str:
@@ -82,25 +83,31 @@ def notes(rows: list[Row]) -> str:
 
 
 def write(root: Path) -> None:
-    """Make a checkout's README blocks (in their place, or at the end) and the plots anew."""
-    path = root / "README.md"
+    """Make a checkout's README block (in its place, or at the end), docs/'s pages and the plots
+    anew."""
+    path, found = root / "README.md", read(root / "results", TASK)
     path.write_text(updated(path.read_text(encoding="utf-8"), root), encoding="utf-8")
-    plot(read(root / "results", TASK), root / "docs/digits.png")
+    (root / "docs/digits.md").write_text(document(found), encoding="utf-8")
+    plot(found, root / "docs/digits.png")
+    catalogue.write(root)
     cost_report.write(root)
 
 
-def readme_is_current(root: Path) -> bool:
-    """Whether README.md's blocks are what the result files give, and docs/cost.md with them."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    return BEGIN in text and updated(text, root) == text and cost_report.is_current(root)
+def stale(root: Path) -> list[str]:
+    """The files that are not what the registry and the result files give."""
+    made: dict[str, str | None] = {
+        "README.md": updated((root / "README.md").read_text(encoding="utf-8"), root),
+        "docs/digits.md": document(read(root / "results", TASK)),
+        "docs/variants.md": catalogue.document(root),
+        "docs/cost.md": cost_report.document(root / "results"),
+    }
+    here = lambda path: path.read_text(encoding="utf-8") if path.is_file() else None
+    return [name for name, text in made.items() if here(root / name) != text]
 
 
 def updated(text: str, root: Path) -> str:
-    """README.md's text with its blocks made anew from root/results."""
-    text = _replaced(text, BEGIN, END, markdown(read(root / "results", TASK)))
-    if block := cost_report.markdown(root / "results"):
-        text = _replaced(text, cost_report.BEGIN, cost_report.END, block)
-    return text
+    """README.md's text with its block made anew."""
+    return _replaced(text, catalogue.BEGIN, catalogue.END, catalogue.table(root))
 
 
 def _replaced(text: str, begin: str, end: str, block: str) -> str:
