@@ -114,7 +114,8 @@ def test_report_makes_the_readme_block_and_the_plot_from_results(tmp_path, monke
     assert main(["report", "--root", str(root / "docs")]) == 2
     short = Protocol(steps=2, seeds=1, rates=(0.01,))
     assert main(["bench", "lora", *SHORT, "--results", str(root / "results")]) == 0
-    monkeypatch.setattr(report, "Protocol", lambda: short)
+    for module in (report, catalogue):
+        monkeypatch.setattr(module, "Protocol", lambda: short)
     assert main(["report", "--root", str(root)]) == 0
     text = (root / "README.md").read_text()
     assert (

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite as ll
 from lora_lite.bench import cost_rows, rows
 from lora_lite.bench.cost import SETTINGS as COST_SETTINGS
-from lora_lite.bench.runner import BASE, FULL, TASK, Protocol, default_variant
+from lora_lite.bench.runner import BASE, FULL, TASK, Protocol, default_variant, plain
 from lora_lite.describe import formula, papers, parameters
 from lora_lite.variant import Variant, variant_class
 
@@ -85,7 +85,7 @@ def default_row(cls: type[Variant]) -> str:
 
 def accuracies(row: rows.Row | None) -> tuple[str, str, str]:
     """Trained parameters, target and source accuracy of the digits benchmark."""
-    if row is None or (row.variant != BASE and row.protocol["steps"] != Protocol().steps):
+    if row is None or (row.variant != BASE and row.protocol != plain(Protocol())):
         return NONE, NONE, NONE
     text = lambda quantity: (
         f"{row.mean(quantity):.1f}"
