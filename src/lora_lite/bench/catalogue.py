@@ -40,10 +40,10 @@ def built_in() -> list[type[Variant]]:
 
 def table(root: Path) -> str:
     """README's block between its markers: a line a method."""
-    measured = {row.label: row for row in rows.read(root / "results", TASK)}
+    measured = measured_digits(root)
     lines = [_line(COLUMNS), _line(["---"] * 3 + ["---:"] * (len(COLUMNS) - 3))]
     for cls in built_in():
-        row = measured.get(default_row(cls))
+        row = measured.get(cls.name)
         cost = cost_of(cls, root)
         lines.append(
             _line(
@@ -78,14 +78,16 @@ def notes(root: Path) -> str:
     )
 
 
-def default_row(cls: type[Variant]) -> str:
-    """The label of a method's row at the benchmark's settings."""
-    return rows.label(cls.name, {})
+def measured_digits(root: Path) -> dict[str, rows.Row]:
+    """The rows of the digits benchmark's default protocol, by method."""
+    usual = plain(Protocol())
+    found = rows.read(root / "results", TASK)
+    return {row.method: row for row in found if row.variant == BASE or row.protocol == usual}
 
 
 def accuracies(row: rows.Row | None) -> tuple[str, str, str]:
     """Trained parameters, target and source accuracy of the digits benchmark."""
-    if row is None or (row.variant != BASE and row.protocol != plain(Protocol())):
+    if row is None:
         return NONE, NONE, NONE
     text = lambda quantity: (
         f"{row.mean(quantity):.1f}"
@@ -143,8 +145,8 @@ def _facts(cls: type[Variant], root: Path) -> Iterator[str]:
     yield f"- Merges: {'no, ' + reason if reason else 'yes'}"
     if found := verdicts(cls, root):
         yield f"- [Review](reviews/{review(cls)}): {found}"
-    measured = {row.label: row for row in rows.read(root / "results", TASK)}
-    trained, target, source_ = accuracies(measured.get(default_row(cls)))
+    measured = measured_digits(root)
+    trained, target, source_ = accuracies(measured.get(cls.name))
     yield f"- Digits: {trained} trained parameters, target {target} %, source {source_} %"
     if cost := cost_of(cls, root):
         yield (
