@@ -27,7 +27,7 @@ Pair = dict[str, Row]
 
 
 def shown(found: Iterable[Row]) -> dict[str, dict[str, Pair]]:
-    """The rows of the table: by GPU and by label, those on all projections at the default shape; what
+    """The table's rows: by GPU and by label, those on all projections at the default shape; what
     costs least, eager before compiled, first."""
     out: dict[str, dict[str, Pair]] = {}
     for row in found:

@@ -1,4 +1,4 @@
-"""README's table, the pages of numbers in docs/ and the plots, from result files and the registry."""
+"""README's table, docs/'s pages of numbers and the plots, from result files and the registry."""
 
 import statistics
 from collections.abc import Iterable

@@ -119,3 +119,32 @@ def oft(variant: Any, sites: list[str]) -> Twin | None:
     # PEFT's exact rotation is the transpose of its series.
     sign = -1 if variant.exact else 1
     return Twin(config, lambda theirs, ours: copy(theirs.oft_R[ADAPTER].weight, sign * ours["q"]))
+
+
+@of("adalora")
+def adalora(variant: Any, sites: list[str]) -> Twin:
+    import peft
+
+    config = peft.AdaLoraConfig(
+        init_r=variant.init_r,
+        target_r=variant.target_r,
+        lora_alpha=variant.alpha,
+        tinit=variant.tinit,
+        tfinal=variant.tfinal,
+        deltaT=variant.delta_t,
+        beta1=variant.beta1,
+        beta2=variant.beta2,
+        orth_reg_weight=variant.orth_reg_weight,
+        # Nothing here takes a step; PEFT wants the number.
+        total_step=variant.tinit + variant.tfinal + 1,
+        target_modules=sites,
+    )
+
+    def load(theirs: Any, ours: Mapping[str, Tensor]) -> None:
+        copy(theirs.lora_A[ADAPTER], ours["A"])
+        copy(theirs.lora_B[ADAPTER], ours["B"])
+        copy(theirs.lora_E[ADAPTER], ours["E"][:, None])
+        # In other dtypes than float32 PEFT trains the constant that its scale divides by.
+        theirs.ranknum[ADAPTER].requires_grad_(False)
+
+    return Twin(config, load)
