@@ -5,7 +5,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,13 +54,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attach does: its sites, shapes, parameters and bytes. Print it."""
+    """What an attach does: its sites, shapes, parameters and bytes. Print it.
+
+    left_out: targeted layers to which calibration gave no adapter.
+    """
 
     name: str
     variant: Variant
     sites: tuple[Site, ...]
     dtype: torch.dtype
     base_parameters: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -121,7 +125,8 @@ class Plan:
             f"({share:.3g} % of {self.base_parameters:,}), {self.frozen:,} frozen, "
             f"{_mib(self.bytes)} on the device"
         )
-        return "\n".join([f"{self.name}: {self.variant}", *table, total])
+        without = [f"no adapter: {', '.join(self.left_out)}"] if self.left_out else []
+        return "\n".join([f"{self.name}: {self.variant}", *table, *without, total])
 
     __repr__ = __str__
 
@@ -159,11 +164,7 @@ def plan(
     changes = overridden(overrides or {}, layers)
     sites = []
     for path, layer in layers.items():
-        W = base_kind(layer, configured.site)(layer)
-        local = configure(configured, **changes[path])
-        with blame(local, path):
-            local.check(W.d_in, W.d_out)
-            sites.append(Site(path, layer, local, W.d_in, W.d_out, local.shapes(W.d_in, W.d_out)))
+        sites.append(site_of(path, layer, configure(configured, **changes[path])))
     container = isinstance(root := bare(model), nn.Sequential | nn.ModuleList | nn.ModuleDict)
     if container and any(spec.shared for spec in configured.specs.values()):
         raise ValueError(
@@ -171,7 +172,32 @@ def plan(
             "would take them for a layer of its own; wrap it in a module with a forward"
         )
     base = sum(p.numel() for p in base_parameters(model).values())
-    return Plan(name, configured, tuple(sites), dtype, base)
+    return allocated(Plan(name, configured, tuple(sites), dtype, base), {})
+
+
+def site_of(path: str, layer: nn.Module, variant: Variant) -> Site:
+    """A variant at a layer. Raises: ValueError where it doesn't fit."""
+    W = base_kind(layer, variant.site)(layer)
+    with blame(variant, path):
+        variant.check(W.d_in, W.d_out)
+        return Site(path, layer, variant, W.d_in, W.d_out, variant.shapes(W.d_in, W.d_out))
+
+
+def allocated(chart: Plan, stats: dict[str, Stats]) -> Plan:
+    """The plan with each layer's variant as the method gives it to all of them together.
+
+    Raises: ValueError where the layers' variants don't go together.
+    """
+    sites = {site.name: site for site in chart.sites}
+    try:
+        chosen = chart.variant.allocate({name: x.variant for name, x in sites.items()}, stats)
+    except ValueError as error:
+        raise ValueError(f"{chart.variant.name}: {error}") from None
+    kept = tuple(site_of(name, sites[name].layer, chosen[name]) for name in sites if name in chosen)
+    if not kept:
+        raise ValueError(f"{chart.variant.name}: what calibration saw leaves no layer an adapter")
+    left_out = tuple(name for name in sites if name not in chosen)
+    return replace(chart, sites=kept, left_out=left_out)
 
 
 def attach(
@@ -215,17 +241,27 @@ def attach(
         calibration=calibration,
         **hyperparameters,
     )
+    if calibration is None and chart.variant.needs_calibration:
+        raise ValueError(
+            f"{chart.variant.name} starts from what the layers see; pass calibration=, batches of "
+            "what the model is to be trained on"
+        )
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     bases = {
         site.name: base_kind(site.layer, site.variant.site)(site.layer) for site in chart.sites
     }
-    stats = {} if calibration is None else calibrate(model, chart.sites, bases, calibration)
+    stats: dict[str, Stats] = {}
+    if calibration is not None:
+        stats = calibrate(model, chart.sites, bases, calibration)
+        chart = allocated(chart, stats)
     attachment = Attachment(name, seed)
     made = []
     for site in chart.sites:
         with blame(site.variant, site.name):
-            tensors = fresh_tensors(site, bases[site.name], attachment, dtype, stats.get(site.name))
+            tensors = fresh_tensors(
+                site, bases[site.name], attachment, dtype, stats.pop(site.name, None)
+            )
             made.append(make_adapter(site, bases[site.name], attachment, tensors))
     install(model, chart, attachment, made)
     return chart

@@ -23,7 +23,7 @@ def step(
 
     total: the number of optimizer steps planned, for the schedules that depend on it.
     optimizer: whose moments are cleared for numbers that a method starts anew.
-    Raises: ValueError where there is no adapter, or a method needs `total` and has none.
+    Raises: ValueError where there is no adapter, or a method needs another `total`, or one at all.
     """
     found = adapters(model)
     for _, _, adapter in found:
@@ -48,7 +48,7 @@ def schedule(
     """Call `step` after each of the optimizer's steps from now on; the handle's remove() ends it.
 
     total: the number of optimizer steps planned, for the schedules that depend on it.
-    Raises: ValueError where there is no adapter, or a method needs `total` and has none.
+    Raises: ValueError where there is no adapter, or a method needs another `total`, or one at all.
     """
     for _, _, adapter in adapters(model):
         check_total(adapter, total)
@@ -56,13 +56,19 @@ def schedule(
 
 
 def check_total(adapter: Adapter, total: int | None) -> None:
-    """Raise ValueError where a method's schedule needs the number of steps and has none."""
+    """Raise ValueError where a method's schedule needs the number of steps and has none, or one
+    that it can't have."""
     known = total if total is not None else adapter.attachment.total
     if known is None and (why := adapter.variant.needs_total()):
         raise ValueError(
             f"{adapter.variant.name}: {why} depends on the number of optimizer steps; "
             "pass total= to ll.schedule or ll.step"
         )
+    if known is not None:
+        try:
+            adapter.variant.check_total(known)
+        except ValueError as error:
+            raise ValueError(f"{adapter.variant.name}: {error}") from None
 
 
 def average(found: list[tuple[str, nn.Module, Adapter]]) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapted import adapters, learning_rate_factor
+from lora_lite.adapted import Attachment, adapters, learning_rate_factor, without_autocast
 from lora_lite.attach import base_parameters
+from lora_lite.variant import Variant
 
 
 def param_groups(
@@ -46,7 +47,10 @@ def regulariser(model: nn.Module) -> Tensor:
 
     Raises: ValueError where there is no adapter.
     """
-    found = adapters(model)
-    terms = [adapter.variant.regulariser(**adapter.tensors()) for _, _, adapter in found]
-    some = next(iter(found[0][2].tensors().values()))
-    return sum((t for t in terms if t is not None), torch.zeros((), device=some.device))
+    layers: dict[Attachment, list[tuple[Variant, dict[str, Tensor]]]] = defaultdict(list)
+    for _, _, adapter in adapters(model):
+        layers[adapter.attachment].append((adapter.variant, adapter.tensors()))
+    device = next(t for own in layers.values() for _, ts in own for t in ts.values()).device
+    with without_autocast(device.type):
+        terms = [own[0][0].regulariser_all(own) for own in layers.values()]
+    return sum((t.to(device) for t in terms if t is not None), torch.zeros((), device=device))

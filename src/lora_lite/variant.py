@@ -156,6 +156,9 @@ class Variant:
     """`statistic(x, W)` sums something over calibration tokens x (n, d_in); the core divides by
     their number and hands the mean to `init`. A method without it takes no calibration."""
 
+    needs_calibration: ClassVar[bool] = False
+    """Whether `attach` refuses to go without calibration batches."""
+
     def __init_subclass__(
         cls, name: str | None = None, aliases: tuple[str, ...] = (), abstract: bool = False
     ) -> None:
@@ -220,6 +223,19 @@ class Variant:
         """Further words for the shapes."""
         return {}
 
+    def tokens(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens of a calibration batch count, as a mask; None for all."""
+        return batch.get("attention_mask")
+
+    @classmethod
+    def allocate(
+        cls, variants: dict[str, "Variant"], stats: dict[str, Stats]
+    ) -> dict[str, "Variant"]:
+        """Each layer's variant, where layers decide together on what calibration saw (nothing, in
+        a plan and without it); a layer left out gets no adapter. Raises ValueError for variants
+        that don't go together."""
+        return variants
+
     def init(self, W: Base, generator: torch.Generator, stats: Stats | None) -> dict[str, Tensor]:
         """Values that depend on the layer, in place of their specs' `init`; `stats` is None
         without calibration."""
@@ -264,6 +280,9 @@ class Variant:
         """What depends on the number of optimizer steps planned; None where nothing does."""
         return None
 
+    def check_total(self, total: int) -> None:
+        """Raise ValueError for a number of planned steps that the schedule can't have."""
+
     def step(self, tensors: dict[str, Tensor], now: Step) -> None:
         """Change a layer's tensors in place after an optimizer step; gradients are still there."""
 
@@ -280,6 +299,13 @@ class Variant:
     def regulariser(self, **tensors: Tensor) -> Tensor | None:
         """A penalty that the method adds to the loss."""
         return None
+
+    @classmethod
+    def regulariser_all(cls, layers: list[tuple["Variant", dict[str, Tensor]]]) -> Tensor | None:
+        """The same for all layers of an adapter: the sum, unless the method says otherwise."""
+        terms = [variant.regulariser(**tensors) for variant, tensors in layers]
+        terms = [term for term in terms if term is not None]
+        return sum(term.to(terms[0].device) for term in terms) if terms else None
 
 
 _registry: dict[str, type[Variant]] = {}
