@@ -6,6 +6,7 @@ import lora_lite as ll
 BUILT_IN = ll.variants()
 
 SMALL = {
+    "adalora": [{}, dict(init_r=4, target_r=1, alpha=3.0, tinit=1, tfinal=2, delta_t=2)],
     "oft": [dict(block_size=8), dict(n_blocks=2, exact=True), dict(block_size=4, block_share=True)],
     "antipasto_rot": [
         dict(r=16),

@@ -13,6 +13,7 @@ T, D_IN, D_OUT = 256, 96, 160
 # Numbers per token that autograd keeps beyond the frozen layer, which keeps none: what the
 # method's own gradients need. x itself (96) is counted where it is kept.
 KEPT = {
+    "adalora": (dict(init_r=12), D_IN + 12),
     "lora": (dict(r=8), D_IN + 8),
     "rslora": (dict(r=8), D_IN + 8),
     "pissa": (dict(r=8), D_IN + 16),
