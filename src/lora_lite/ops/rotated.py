@@ -54,9 +54,8 @@ def add_rotated(
     """s ⊙ (W x + Δ) + b, or W x + s ⊙ Δ + b, with Δ = R_Lᵀ C R_R x and s = 1 + s_1, or 1.
 
     On CUDA one pass adds and scales where the output lies, and backward makes one pass for all sums
-    over tokens. Keeps x, and for s on the output the output itself (with a bias, its own).
+    over tokens, where C is a diagonal (b = 1). Keeps x, and for s on the output the output itself (with a bias, its own).
     """
-    # The kernel reads a wide core's neighbours again and again, and loses to the plain form.
     if C.shape[1] == 1 and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
         return _AddRotated.apply(x, W.weight, W.bias, C, *tables, s_1, on_output)
@@ -101,7 +100,7 @@ class _AddRotated(torch.autograd.Function):
             dx,
             None,
             None,
-            sums[5:, :q].T,
+            sums[5, :q, None],
             *((dc_L, ds_L, None) if left else (None,) * 3),
             *((wide(dc_R), wide(ds_R), None) if right else (None,) * 3),
             None if s_1 is None else ds,

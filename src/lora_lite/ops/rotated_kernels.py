@@ -36,7 +36,7 @@ def forward(
         z, x, C, *tables(left, C), *tables(right, C), s_1 if scaled else C, b if biased else C, y,
         T, n, m, len(C),
         left is not None, right is not None, scaled, on_output, biased, y is not z,
-        C.shape[1], 16, BLOCK,
+        16, BLOCK,
     )  # fmt: skip
     return y, z
 
@@ -52,19 +52,19 @@ def sums(
     on_output: bool,
     divide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(du, sums over tokens (5 + K, n): of s_1, c_L, s_L, c_R, s_R, then the K taps of C)."""
-    (T, n), m, K = dy.shape, x.shape[1], C.shape[1]
+    """(du, sums over tokens (6, n): for s_1, c_L, s_L, c_R, s_R and C)."""
+    (T, n), m = dy.shape, x.shape[1]
     scaled = s_1 is not None
     du = torch.empty_like(dy) if scaled and on_output else dy
     blocks = cdiv(n, BLOCK)
     splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, blocks)))
-    parts = dy.new_empty(splits, 5 + K, n, dtype=torch.float32)
+    parts = dy.new_empty(splits, 6, n, dtype=torch.float32)
     launch(
         _sums, (blocks, splits),
         dy, out, x, C, *tables(left, C), *tables(right, C), s_1 if scaled else C, du, parts,
         T, n, m, len(C), cdiv(T, splits),
         left is not None, right is not None, scaled, on_output, divide,
-        K, 8, BLOCK,
+        8, BLOCK,
     )  # fmt: skip
     return du, parts.sum(0)
 
@@ -85,7 +85,7 @@ def input_gradient(
         du, C, *tables(left, C), *tables(right, C), C if s_1 is None else s_1, dx,
         T, n, m, len(C),
         left is not None, right is not None, s_1 is not None,
-        C.shape[1], 16, BLOCK,
+        16, BLOCK,
     )  # fmt: skip
     return dx
 
@@ -107,16 +107,12 @@ def _mixed(x, row, i, inside, c, s, p, turns: tl.constexpr):
 
 
 @triton.jit
-def _core(x, row, i, inside, q, C, c, s, p, turns: tl.constexpr, K: tl.constexpr):
+def _core(x, row, i, inside, q, C, c, s, p, turns: tl.constexpr):
     """(C R_R x)_i."""
-    total = tl.zeros_like(row + i).to(tl.float32)
     inside = inside & (i < q)
-    for k in tl.static_range(K):
-        j = i // K * K + k
-        here = inside & (j < q)
-        tap = tl.load(C + i * K + k, mask=here, other=0.0).to(tl.float32)
-        total += tap * _mixed(x, row, j, here, c, s, p, turns)
-    return total
+    return tl.load(C + i, mask=inside, other=0.0).to(tl.float32) * _mixed(
+        x, row, i, inside, c, s, p, turns
+    )
 
 
 @triton.jit
@@ -124,16 +120,16 @@ def _forward(
     z, x, C, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr,
-    K: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & (i < n)
-    delta = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right, K)
+    delta = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right)
     if left:
         s = tl.load(s_L + i, mask=i < n, other=0.0).to(tl.float32)
         p = tl.load(p_L + i, mask=i < n, other=0)
-        other = _core(x, t * m, p, inside & (s != 0), q, C, c_R, s_R, p_R, right, K)
+        other = _core(x, t * m, p, inside & (s != 0), q, C, c_R, s_R, p_R, right)
         delta = tl.load(c_L + i, mask=i < n, other=0.0).to(tl.float32) * delta - s * other
     u = tl.load(z + t * n + i, mask=inside, other=0.0).to(tl.float32)
     if scaled:
@@ -156,7 +152,7 @@ def _forward(
 def _sums(
     dy, out, x, C, c_L, s_L, p_L, c_R, s_R, p_R, s_1, du, parts, T, n, m, q, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    divide: tl.constexpr, K: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    divide: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
@@ -168,15 +164,15 @@ def _sums(
     pr = tl.load(p_R + i, mask=i < q, other=0) if right else i
     scale = 1 + tl.load(s_1 + i, mask=i < n, other=0.0).to(tl.float32) if scaled else 1.0
     zeros = tl.zeros((block_t, block), tl.float32)
-    sum_s, sum_cl, sum_sl, sum_cr, sum_sr = zeros, zeros, zeros, zeros, zeros
+    sum_s, sum_cl, sum_sl, sum_cr, sum_sr, sum_d = zeros, zeros, zeros, zeros, zeros, zeros
     for first in range(begin, end, block_t):
         t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
         inside = (t < end) & (i < n)
         g = tl.load(dy + t * n + i, mask=inside, other=0.0).to(tl.float32)
-        z = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right, K)
+        z = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right)
         z_p = zeros
         if left:
-            z_p = _core(x, t * m, pl, inside & (pl != i), q, C, c_R, s_R, p_R, right, K)
+            z_p = _core(x, t * m, pl, inside & (pl != i), q, C, c_R, s_R, p_R, right)
         if scaled:
             if on_output:
                 u = tl.load(out + t * n + i, mask=inside, other=0.0).to(tl.float32)
@@ -185,19 +181,19 @@ def _sums(
                 u = cl * z - sl * z_p
             sum_s += g * u
         h = scale * g
+        turned = _scaled(dy, t * n, i, inside & (i < q), c_L, s_L, p_L, s_1, left, scaled)
+        sum_d += turned * _mixed(x, t * m, i, inside & (i < q), c_R, s_R, p_R, right)
         sum_cl += h * z
         sum_sl -= h * z_p
         if right:
             # e = Cᵀ R_L h, with h = s ⊙ dy taken from dy at every coordinate.
-            e = _scaled_core_transposed(
-                dy, t * n, i, inside, q, C, c_L, s_L, p_L, s_1, left, scaled, K
-            )
+            e = _core_transposed(dy, t * n, i, inside, q, C, c_L, s_L, p_L, s_1, left, scaled)
             here = inside & (i < q)
             own = tl.load(x + t * m + i, mask=here, other=0.0).to(tl.float32)
             other = tl.load(x + t * m + pr, mask=here & (pr != i), other=0.0).to(tl.float32)
             sum_cr += e * own
             sum_sr += e * other
-    at = parts + split * (5 + K) * n + i
+    at = parts + split * 6 * n + i
     total = tl.sum(sum_s, 0)[None, :]
     if divide:
         total = tl.where(scale == 0, 0.0, total / scale)
@@ -206,16 +202,7 @@ def _sums(
     tl.store(at + 2 * n, tl.sum(sum_sl, 0)[None, :], mask=i < n)
     tl.store(at + 3 * n, tl.sum(sum_cr, 0)[None, :], mask=i < n)
     tl.store(at + 4 * n, tl.sum(sum_sr, 0)[None, :], mask=i < n)
-    for k in tl.static_range(K):
-        # The rows come from the cache again: K sums at once would not fit the registers.
-        tap = zeros
-        for first in range(begin, end, block_t):
-            t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
-            inside = (t < end) & (i < q)
-            h = _scaled(dy, t * n, i, inside, c_L, s_L, p_L, s_1, left, scaled)
-            j = i // K * K + k
-            tap += h * _mixed(x, t * m, j, inside & (j < q), c_R, s_R, p_R, right)
-        tl.store(at + (5 + k) * n, tl.sum(tap, 0)[None, :], mask=i < n)
+    tl.store(at + 5 * n, tl.sum(sum_d, 0)[None, :], mask=i < n)
 
 
 @triton.jit
@@ -236,36 +223,31 @@ def _scaled(g, row, i, inside, c, s, p, s_1, turns: tl.constexpr, scaled: tl.con
 
 
 @triton.jit
-def _scaled_core_transposed(
-    g, row, j, inside, q, C, c, s, p, s_1,
-    turns: tl.constexpr, scaled: tl.constexpr, K: tl.constexpr,
+def _core_transposed(
+    g, row, j, inside, q, C, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr
 ):  # fmt: skip
     """(Cᵀ R_L (s ⊙ g))_j."""
-    total = tl.zeros_like(row + j).to(tl.float32)
     inside = inside & (j < q)
-    for k in tl.static_range(K):
-        i = j // K * K + k
-        here = inside & (i < q)
-        tap = tl.load(C + i * K + j % K, mask=here, other=0.0).to(tl.float32)
-        total += tap * _scaled(g, row, i, here, c, s, p, s_1, turns, scaled)
-    return total
+    return tl.load(C + j, mask=inside, other=0.0).to(tl.float32) * _scaled(
+        g, row, j, inside, c, s, p, s_1, turns, scaled
+    )
 
 
 @triton.jit
 def _input_gradient(
     du, C, c_L, s_L, p_L, c_R, s_R, p_R, s_1, dx, T, n, m, q,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr,
-    K: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     j = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & (j < m)
-    e = _scaled_core_transposed(du, t * n, j, inside, q, C, c_L, s_L, p_L, s_1, left, scaled, K)
+    e = _core_transposed(du, t * n, j, inside, q, C, c_L, s_L, p_L, s_1, left, scaled)
     if right:
         s = tl.load(s_R + j, mask=j < m, other=0.0).to(tl.float32)
         p = tl.load(p_R + j, mask=j < m, other=0)
-        other = _scaled_core_transposed(
-            du, t * n, p, inside & (s != 0), q, C, c_L, s_L, p_L, s_1, left, scaled, K
+        other = _core_transposed(
+            du, t * n, p, inside & (s != 0), q, C, c_L, s_L, p_L, s_1, left, scaled
         )
         e = tl.load(c_R + j, mask=j < m, other=0.0).to(tl.float32) * e - s * other
     tl.store(dx + t * m + j, e.to(dx.dtype.element_ty), mask=inside)
