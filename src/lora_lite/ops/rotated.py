@@ -53,8 +53,9 @@ def add_rotated(
 ) -> Float[Tensor, "*batch d_out"]:
     """s ⊙ (W x + Δ) + b, or W x + s ⊙ Δ + b, with Δ = R_Lᵀ C R_R x and s = 1 + s_1, or 1.
 
-    On CUDA one pass adds and scales where the output lies, and backward makes one pass for all sums
-    over tokens, where C is a diagonal (b = 1). Keeps x, and for s on the output the output itself (with a bias, its own).
+    On CUDA, for a diagonal C (b = 1), one pass adds and scales where the output lies, and backward
+    makes one pass for all sums over tokens; x is kept, and for s on the output the output itself
+    (with a bias, its own).
     """
     if C.shape[1] == 1 and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
