@@ -5,21 +5,19 @@ import copy
 import pytest
 import torch
 from models import IDS, gpt2, llama
-from settings import BUILT_IN
+from settings import BUILT_IN, SMALL
 
 import lora_lite as ll
 from lora_lite.testing import snapshot, unchanged
-
-SMALL = {"oft": dict(block_size=8), "antipasto_rot": dict(r=8), "dplr": dict(r=8)}
 
 
 @pytest.mark.parametrize("variant", BUILT_IN)
 def test_a_llama_trains_and_detaches(variant):
     model = llama()
     before = snapshot(model)
-    ll.attach(model, variant=variant, **SMALL.get(variant, {}))
+    ll.attach(model, variant=variant, **SMALL.get(variant, [{}])[0])
     optimizer = torch.optim.AdamW(ll.param_groups(model, lr=5e-2))
-    ll.schedule(model, optimizer)
+    ll.schedule(model, optimizer, total=8)
     losses = []
     for _ in range(8):
         loss = model(IDS, labels=IDS).loss
@@ -125,5 +123,5 @@ def test_gpt2_conv1d_trains_like_the_linear_layer_it_equals():
     for variant in BUILT_IN:
         one, other = copy.deepcopy(conv), copy.deepcopy(linear)
         for layer in (one, other):
-            ll.attach(layer, variant, seed=0, **SMALL.get(variant, {}))
+            ll.attach(layer, variant, seed=0, **SMALL.get(variant, [{}])[0])
         torch.testing.assert_close(one(x), other(x))

@@ -60,6 +60,9 @@ class Adapter(nn.Module):
         variant, tensors = self.variant, self.tensors()
         dtype = compute_dtype(x)
         x, tensors_in = x.to(dtype), tensors
+        checked = shapes.CHECKED and not torch.compiler.is_compiling()
+        if checked:
+            shapes.check_tensors(variant, W, tensors)
         if self.prepares:
             wide = torch.promote_types(dtype, torch.float32)
             with without_autocast(x.device.type):
@@ -75,8 +78,8 @@ class Adapter(nn.Module):
         if self.training and variant.observes and torch.is_grad_enabled():
             frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
             y = Observed.apply(y, x, variant, tuple(frozen), *frozen.values())
-        if shapes.CHECKED and not torch.compiler.is_compiling():
-            shapes.check(variant, W, tensors, x, y)
+        if checked:
+            shapes.check_flow(variant, W, x, y)
         return y
 
     def extra_repr(self) -> str:

@@ -43,9 +43,9 @@ def unchecked() -> Iterator[None]:
         config.update("jaxtyping_disable", before[1])
 
 
-def check(variant: "Variant", W: Any, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
-    """Raise TypeError where a tensor of a variant, its input or its output has another shape or
-    kind than its annotation says on this layer."""
+def check_tensors(variant: "Variant", W: Any, tensors: dict[str, Tensor]) -> None:
+    """Raise TypeError where a tensor of a variant has another shape or kind than its annotation
+    says on this layer."""
     expected = variant.shapes(W.d_in, W.d_out)
     for key, tensor in tensors.items():
         kind = variant.annotations[key].dtype[tensor.__class__, " ".join(map(str, expected[key]))]
@@ -54,6 +54,11 @@ def check(variant: "Variant", W: Any, tensors: dict[str, Tensor], x: Tensor, y: 
                 f"{variant.name}: {key} is {tensor.dtype} {tuple(tensor.shape)}, and its "
                 f"annotation says {variant.annotations[key].__name__}, here {expected[key]}"
             )
+
+
+def check_flow(variant: "Variant", W: Any, x: Tensor, y: Tensor) -> None:
+    """Raise TypeError where a variant's input or output has another shape or dtype than the
+    layer's."""
     for what, tensor, shape in (
         ("input", x, (*x.shape[:-1], W.d_in)),
         ("output", y, (*x.shape[:-1], W.d_out)),
