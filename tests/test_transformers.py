@@ -25,7 +25,7 @@ def test_a_llama_trains_and_detaches(variant):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.02
     ll.detach(model)
     unchanged(model, before)
 
