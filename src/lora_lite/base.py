@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from lora_lite.ops.svd import truncated_svd
+from lora_lite.ops.svd import SvdMethod, is_randomised, truncated_svd
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -142,17 +142,26 @@ class LinearBase(Base):
         return weight
 
     def svd(
-        self, r: int, method: str = "exact", seed: int = 0
+        self, r: int, method: SvdMethod = "auto", seed: int = 0
     ) -> tuple[Float[Tensor, "d_out r"], Float[Tensor, " r"], Float[Tensor, "r d_in"]]:
         """The leading r singular triplets U, S, Vᵀ of W, in float32 or wider."""
         return truncated_svd(self.finite_weight(), r, method, seed)
 
-    @cached_property
-    def triplets(
-        self,
+    def candidates(
+        self, r: int, method: SvdMethod = "auto"
     ) -> tuple[Float[Tensor, "d_out q"], Float[Tensor, " q"], Float[Tensor, "q d_in"]]:
-        """All singular triplets U, S, Vᵀ of W, computed once per attach."""
-        return self.svd(min(self.d_in, self.d_out))
+        """The singular triplets of W among which r are chosen: all, or the 4 r leading ones where
+        they are found by the randomised algorithm; computed once per attach."""
+        most = min(self.d_in, self.d_out)
+        some = is_randomised(method, r, self.d_in, self.d_out) and 4 * r < most
+        if (r, method) not in self.decompositions:
+            triplets = self.svd(4 * r, "randomised") if some else self.svd(most, "exact")
+            self.decompositions[r, method] = triplets
+        return self.decompositions[r, method]
+
+    @cached_property
+    def decompositions(self) -> dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]]:
+        return {}
 
     def row_norms(self) -> Float[Tensor, " d_out"]:
         """‖w_i‖₂ of each output row, in float32 or wider."""

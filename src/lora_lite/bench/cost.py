@@ -43,6 +43,7 @@ from lora_lite.bench.workload import (
     now,
     synchronise,
 )
+from lora_lite.ops.svd import SvdMethod, is_randomised
 from lora_lite.targets import Targets
 from lora_lite.testing import move
 from lora_lite.variant import Variant, configure, variant_class
@@ -65,6 +66,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         dict(JORA, core="block"),
         dict(JORA, core="lowrank"),
     ),
+    "antipasto": (dict(r=256),),
     "antipasto_rot": (dict(r=256),),
     "dplr": (dict(r=256),),
 }
@@ -352,8 +354,8 @@ class SvdOnce:
     def __exit__(self, *error: object) -> None:
         LinearBase.svd = self.svd
 
-    def remembered(self, W: LinearBase, r: int, method: str = "exact", seed: int = 0) -> Any:
-        if method != "exact":
+    def remembered(self, W: LinearBase, r: int, method: SvdMethod = "auto", seed: int = 0) -> Any:
+        if is_randomised(method, r, W.d_out, W.d_in):
             return self.svd(W, r, method, seed)
         key = W.layer.weight.data_ptr()
         most = min(W.d_in, W.d_out)
@@ -362,7 +364,7 @@ class SvdOnce:
         else:
             start = now(W.device)
             # The largest rank among the settings, so that one decomposition serves all.
-            triplets = self.svd(W, max(r, min(KEPT_TRIPLETS, most)))
+            triplets = self.svd(W, max(r, min(KEPT_TRIPLETS, most)), "exact")
             self.triplets[key] = (*triplets, now(W.device) - start)
         U, S, Vh, _ = self.triplets[key]
         return U[:, :r], S[:r], Vh[:r]

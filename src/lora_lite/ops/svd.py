@@ -1,24 +1,39 @@
 """Truncated singular value decomposition."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+WIDE = 2048
 OVERSAMPLING = 10
 POWER_ITERATIONS = 4
 
+SvdMethod = Literal["auto", "exact", "randomised"]
+
+
+def is_randomised(method: SvdMethod, r: int, n: int, m: int) -> bool:
+    """Whether r singular triplets of an n × m matrix are found by the randomised algorithm: by
+    default above 2048 both ways, for up to a quarter of the triplets."""
+    if method == "auto":
+        return min(n, m) > WIDE and 4 * r <= min(n, m)
+    return method == "randomised"
+
 
 def truncated_svd(
-    W: Float[Tensor, "n m"], r: int, method: str = "exact", seed: int = 0
+    W: Float[Tensor, "n m"], r: int, method: SvdMethod = "auto", seed: int = 0
 ) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"], Float[Tensor, "r m"]]:
     """Leading r singular triplets of W, singular values in falling order: W ≈ U diag(S) Vᵀ.
 
     `randomised` is Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1, with
-    10 extra directions and 4 power iterations, seeded.
+    r extra directions, at least 10, and 4 power iterations, seeded. Where singular values fall as
+    k^−0.3 or faster, what it leaves of W is within 0.1 % of the least (Frobenius), and S within
+    1 %; for a matrix of noise 0.2 % and 4 %.
     """
-    if method == "randomised":
+    if is_randomised(method, r, *W.shape):
         generator = torch.Generator().manual_seed(seed)
-        width = min(r + OVERSAMPLING, *W.shape)
+        width = min(r + max(r, OVERSAMPLING), *W.shape)
         omega = torch.randn(W.shape[1], width, generator=generator).to(W)
         Q = torch.linalg.qr(W @ omega).Q
         for _ in range(POWER_ITERATIONS):

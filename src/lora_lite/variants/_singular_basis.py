@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.svd import SvdMethod
 from lora_lite.variant import ParamSpec, Stats, Variant, check_rank
 
 
@@ -16,12 +17,15 @@ class SingularBasis(Variant, abstract=True):
 
     Clark 2026, arXiv:2601.07473, §3.4 eq. 3, App. A.4; W itself stays as it is.
 
+    svd: "exact" or "randomised", by default the latter above 2048; calibration then chooses among
+    the 4 r leading triplets.
     Differs: the pool is about zero, so that Σ score² is the output's energy (rms), where the paper
     takes the deviation from the mean; and one score ranks all, where it splits them in thirds.
     """
 
     r: int = 256
     act_pool: Literal["rms", "mean_abs"] = "rms"
+    svd: SvdMethod = "auto"
 
     casts = False
 
@@ -33,17 +37,17 @@ class SingularBasis(Variant, abstract=True):
         check_rank(self.r, d_in, d_out)
 
     def statistic(self, x: Float[Tensor, "n d_in"], W: LinearBase) -> Float[Tensor, " q"]:
-        p = x @ W.triplets[2].T.to(x.dtype)
+        p = x @ W.candidates(self.r, self.svd)[2].T.to(x.dtype)
         return p.square().sum(0) if self.act_pool == "rms" else p.abs().sum(0)
 
     def init(
         self, W: LinearBase, generator: torch.Generator, stats: Stats | None
     ) -> dict[str, Tensor]:
         if stats is None:
-            return dict(zip(("U", "S", "Vh"), W.svd(self.r)))
+            return dict(zip(("U", "S", "Vh"), W.svd(self.r, self.svd, generator.initial_seed())))
         if stats.count < self.r:
             raise ValueError(f"saw {stats.count} calibration tokens, fewer than r={self.r}")
-        U, S, Vh = W.triplets
+        U, S, Vh = W.candidates(self.r, self.svd)
         pooled = stats.mean.sqrt() if self.act_pool == "rms" else stats.mean
         keep = (S * pooled.to(S)).topk(self.r).indices.sort().values
         return dict(U=U[:, keep], S=S[keep], Vh=Vh[keep])

@@ -1,12 +1,11 @@
 """PiSSA."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.svd import SvdMethod
 from lora_lite.variant import ParamSpec, Stats, check_rank
 from lora_lite.variants.lora import LoRA
 
@@ -24,7 +23,7 @@ class PiSSA(LoRA):
     """
 
     alpha: float | None = None
-    svd: Literal["exact", "randomised"] = "exact"
+    svd: SvdMethod = "auto"
 
     A: Float[Tensor, "r d_in"] = ParamSpec()
     B: Float[Tensor, "d_out r"] = ParamSpec()
