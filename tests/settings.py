@@ -8,6 +8,7 @@ BUILT_IN = ll.variants()
 SMALL = {
     "adalora": [{}, dict(init_r=4, target_r=1, alpha=3.0, tinit=1, tfinal=2, delta_t=2)],
     "oft": [dict(block_size=8), dict(n_blocks=2, exact=True), dict(block_size=4, block_share=True)],
+    "antipasto": [dict(r=16), dict(r=8, coeff=0.5, suppress_only=True, svd="randomised")],
     "antipasto_rot": [
         dict(r=16),
         dict(r=8, rotate_basis="both", delta_init_mean=0.0, delta_init_std=0.0),

@@ -19,6 +19,7 @@ KEPT = {
     "pissa": (dict(r=8), D_IN + 16),
     "dora": (dict(r=8), D_IN + 8 + D_OUT),
     "oft": (dict(block_size=32), D_IN),
+    "antipasto": (dict(r=32), 32),
     "antipasto_rot": (dict(r=32), 32),
     "dplr": (dict(r=32, lora_rank=4), 32 + 4),
     "jora": (dict(magnitude="none"), D_IN + D_IN + D_OUT),

@@ -11,7 +11,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing import snapshot, unchanged
 
-in_the_family = pytest.mark.parametrize("variant", ["antipasto_rot", "dplr"])
+in_the_family = pytest.mark.parametrize("variant", ["antipasto", "antipasto_rot", "dplr"])
 with_either_pool = pytest.mark.parametrize("act_pool", ["rms", "mean_abs"])
 R = 4
 

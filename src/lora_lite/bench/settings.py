@@ -4,6 +4,7 @@ from typing import Any
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # The layers have 96 singular values; the defaults ask for 256.
+    "antipasto": {"r": 96},
     "antipasto_rot": {"r": 96},
     "dplr": {"r": 96},
 }

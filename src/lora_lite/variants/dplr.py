@@ -1,17 +1,14 @@
 """Diagonal plus low rank in the singular basis."""
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.low_rank import add_low_rank
 from lora_lite.variant import ParamSpec, kaiming_uniform, zeros
-from lora_lite.variants._singular_basis import SingularBasis
+from lora_lite.variants.antipasto import AntiPaSTO
 
 
-class DPLR(SingularBasis, aliases=("antipasto_dplr",)):
+class DPLR(AntiPaSTO, aliases=("antipasto_dplr",)):
     """Gains on singular values, LoRA among them: W' = W + U (diag(S ⊙ ELU(c g)) + c B A) Vᵀ.
 
     The core is Hu et al. 2021, arXiv:2106.09685, §4.1 eq. 3, in the r coordinates p = Vᵀ x; the
@@ -24,10 +21,7 @@ class DPLR(SingularBasis, aliases=("antipasto_dplr",)):
     """
 
     lora_rank: int = 8
-    coeff: float = 1.0
-    suppress_only: bool = False
 
-    g: Float[Tensor, "r"] = ParamSpec(zeros)
     A: Float[Tensor, "lora_rank r"] = ParamSpec(kaiming_uniform)
     B: Float[Tensor, "r lora_rank"] = ParamSpec(zeros)
 
@@ -35,14 +29,6 @@ class DPLR(SingularBasis, aliases=("antipasto_dplr",)):
         if self.lora_rank > self.r:
             raise ValueError(f"lora_rank={self.lora_rank} exceeds r={self.r}; lower it")
 
-    def prepare(
-        self, W: LinearBase, U: Tensor, S: Tensor, Vh: Tensor, g: Tensor, A: Tensor, B: Tensor
-    ) -> dict[str, Tensor]:
-        g = g.clamp(max=0) if self.suppress_only else g
-        core = torch.diag(S * F.elu(self.coeff * g)) + self.coeff * B @ A
-        return dict(U=U, Vh=Vh, core=core)
-
-    def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Tensor
-    ) -> Float[Tensor, "*batch d_out"]:
-        return add_low_rank(W, x, Vh, U, core)
+    def prepare(self, W: LinearBase, A: Tensor, B: Tensor, **basis: Tensor) -> dict[str, Tensor]:
+        gained = super().prepare(W, **basis)
+        return gained | dict(core=gained["core"] + self.coeff * B @ A)
