@@ -28,7 +28,7 @@ def test_the_spectrum_of_known_matrices():
 @pytest.mark.parametrize("variant", BUILT_IN)
 def test_every_method_has_a_table(variant):
     model = MLP()
-    settings = SMALL.get(variant, [{}])[0]
+    settings = SMALL[variant][0]
     ll.attach(model, variant, seed=0, **settings)
     move(model)
     before = snapshot(model)

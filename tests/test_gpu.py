@@ -25,7 +25,7 @@ def test_laws_on_cuda(name, hyperparameters, sizes):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_inductor_compiles_whole(name):
-    hyperparameters = SMALL.get(name, [{}])[0]
+    hyperparameters = SMALL[name][0]
     case = Case(configure(name, **hyperparameters), RECTANGULAR, torch.float32, "cuda", "inductor")
     compiled_equals_eager(case)
 

@@ -2,28 +2,13 @@
 
 import pytest
 import torch
-from settings import BUILT_IN
+from settings import BUILT_IN, KEPT
 from torch import nn
 
 import lora_lite as ll
 from lora_lite.testing import move
 
 T, D_IN, D_OUT = 256, 96, 160
-
-# Numbers per token that autograd keeps beyond the frozen layer, which keeps none: what the
-# method's own gradients need. x itself (96) is counted where it is kept.
-KEPT = {
-    "adalora": (dict(init_r=12), D_IN + 12),
-    "lora": (dict(r=8), D_IN + 8),
-    "rslora": (dict(r=8), D_IN + 8),
-    "pissa": (dict(r=8), D_IN + 16),
-    "dora": (dict(r=8), D_IN + 8 + D_OUT),
-    "oft": (dict(block_size=32), D_IN),
-    "antipasto": (dict(r=32), 32),
-    "antipasto_rot": (dict(r=32), 32),
-    "dplr": (dict(r=32, lora_rank=4), 32 + 4),
-    "jora": (dict(magnitude="none"), D_IN + D_IN + D_OUT),
-}
 
 
 def test_every_method_has_its_count():

@@ -27,6 +27,9 @@ from torch import nn
 
 import lora_lite as ll
 
+LAWS = {"adalora": [{}, dict(init_r=4, target_r=1, alpha=3.0, tinit=1, tfinal=2, delta_t=2)]}
+KEPT = {"adalora": (dict(init_r=12), 96 + 12)}
+
 
 @on_layers
 @in_dtypes

@@ -24,6 +24,11 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {
+    "antipasto": [dict(r=16), dict(r=8, coeff=0.5, suppress_only=True, svd="randomised")],
+}
+KEPT = {"antipasto": (dict(r=32), 32)}
+
 
 def gain(g, coeff=1.0, suppress_only=False):
     """1 + ELU(c g): e^z below zero, 1 + z above."""

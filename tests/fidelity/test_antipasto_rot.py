@@ -23,6 +23,16 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {
+    "antipasto_rot": [
+        dict(r=16),
+        dict(r=8, rotate_basis="both", delta_init_mean=0.0, delta_init_std=0.0),
+        dict(r=8, rotate_basis="U", block_size=2),
+        dict(r=8, rotate_basis="none"),
+    ]
+}
+KEPT = {"antipasto_rot": (dict(r=32), 32)}
+
 EXACT_START = dict(delta_init_mean=0.0, delta_init_std=0.0)
 TRAINED = {
     "none": {"delta_s"},

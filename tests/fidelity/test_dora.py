@@ -24,6 +24,9 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {"dora": [{}]}
+KEPT = {"dora": (dict(r=8), 96 + 8 + 160)}
+
 
 def dense(s, detach=True):
     """Eq. 5, the norm of each output row held constant as §4.3 has it."""

@@ -21,6 +21,9 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {"dplr": [dict(r=16), dict(r=8, lora_rank=2, coeff=0.5, suppress_only=True)]}
+KEPT = {"dplr": (dict(r=32, lora_rank=4), 32 + 4)}
+
 SMALL = dict(r=8, lora_rank=3)
 
 

@@ -19,6 +19,28 @@ from lora_lite.ops import energy, givens
 from lora_lite.shapes import unchecked
 from lora_lite.variant import configure
 
+LAWS = {
+    "jora": [
+        {},
+        dict(core="block", rotation_param="angle", magnitude="ecd_tanh"),
+        dict(core="lowrank", magnitude="none", single_sided="left", max_angle=0.5),
+        dict(zero_init_core=False, magnitude_on="delta", single_sided="right"),
+        dict(S_L=0, S_R=0),
+        dict(clip="tanh", magnitude="none"),
+        dict(selection="random", warmup_ratio=0.5, k=4),
+        dict(selection="none", ecd_temp_annealing=True),
+        dict(t_stat=1, pairing_strategy="high_low", use_gumbel=True),
+        dict(warmup_steps=2, pairs_freeze_after_warmup=True, ema_beta=0.5),
+    ]
+}
+SQUARE = {
+    "jora": [
+        dict(core="selective", magnitude="none", selection="random", theta_init_std=0.0, k=4),
+        dict(core="coupled", magnitude="none", selection="random", k=4),
+    ]
+}
+KEPT = {"jora": (dict(magnitude="none"), 96 + 96 + 160)}
+
 DATA = Path(__file__).parents[1] / "data" / "jora"
 INDEX = json.loads((DATA / "index.json").read_text())
 CASES = {case["name"]: case for case in INDEX["cases"]}

@@ -25,6 +25,9 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {"lora": [{}, dict(r=4, alpha=4.0)], "rslora": [{}]}
+KEPT = {"lora": (dict(r=8), 96 + 8), "rslora": (dict(r=8), 96 + 8)}
+
 
 @on_layers
 @in_dtypes

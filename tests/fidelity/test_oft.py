@@ -20,6 +20,15 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {
+    "oft": [
+        dict(block_size=8),
+        dict(n_blocks=2, exact=True),
+        dict(block_size=4, block_share=True),
+    ]
+}
+KEPT = {"oft": (dict(block_size=32), 96)}
+
 
 def skew(entries, b):
     """Q from its strict upper triangle, row by row."""

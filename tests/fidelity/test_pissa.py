@@ -25,6 +25,9 @@ from reference import (
 
 import lora_lite as ll
 
+LAWS = {"pissa": [{}, dict(r=4, svd="randomised")]}
+KEPT = {"pissa": (dict(r=8), 96 + 16)}
+
 
 def residual(W, r):
     """Eq. 4, by a decomposition of its own."""
