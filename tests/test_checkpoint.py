@@ -50,7 +50,8 @@ def test_the_header_is_the_configuration_and_the_targets(tmp_path):
     meta = header(path)
     assert (meta["format_version"], meta["variant"], meta["name"]) == (1, "lora", "default")
     assert [t["name"] for t in meta["targets"]] == ["block.up", "block.down"]
-    assert [t["hyperparameters"]["r"] for t in meta["targets"]] == [4, 2]
+    assert meta["hyperparameters"]["r"] == 4
+    assert [t.get("hyperparameters") for t in meta["targets"]] == [None, dict(r=2)]
     assert set(load_file(path)) == {f"block.{x}.{t}" for x in ("up", "down") for t in "AB"}
 
 

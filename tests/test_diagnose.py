@@ -99,7 +99,7 @@ def test_jora_tells_of_angles_energies_churn_and_magnitudes():
 
 
 def test_a_broken_magnitude_would_be_seen():
-    class Broken(ll.JORA, name="broken_test"):
+    class Broken(ll.JORA, name="broken_magnitude_test"):
         def scale(self, **t):
             return super().scale(**t) + 1e-3
 

@@ -16,6 +16,7 @@ from lora_lite.checkpoint import load, save
 from lora_lite.describe import describe
 from lora_lite.diagnose import Diagnosis, diagnose
 from lora_lite.merge import MergeReport, delta_weights, merge, merged
+from lora_lite.prompts import prompts
 from lora_lite.steps import schedule, step
 from lora_lite.training import param_groups, regulariser
 from lora_lite.variant import ParamSpec, Stats, Variant, variant_class, variants
@@ -42,6 +43,7 @@ __all__ = [
     "merged",
     "param_groups",
     "plan",
+    "prompts",
     "regulariser",
     "save",
     "schedule",

@@ -9,31 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite import shapes
-from lora_lite.base import Base, base_kind
+from lora_lite.base import Base, Prompt, autocasting, base_kind
 from lora_lite.variant import Variant
 
 
 class Attachment:
     """What the adapters of one attach have in common.
 
-    shared: the tensors that all its sites share. step, total: optimizer steps taken and planned.
-    unadvanced: optimizer steps that moved its tensors and did not advance `step`.
-    was_trainable: names, in the model that was adapted, of the parameters that it froze.
+    widest: the greatest d_in and d_out of its layers. shared: the tensors that all its sites share.
+    step, total: optimizer steps taken and planned. unadvanced: optimizer steps that moved its
+    tensors and did not advance `step`. was_trainable: names, in the model that was adapted, of the
+    parameters that it froze. prompt: what is known of the call under way.
     """
 
-    def __init__(self, name: str, seed: int) -> None:
-        self.name, self.seed = name, seed
+    def __init__(self, name: str, seed: int, widest: tuple[int, int]) -> None:
+        self.name, self.seed, self.widest = name, seed, widest
         self.step: int = 0
         self.total: int | None = None
         self.unadvanced: int = 0
         self.shared = nn.Module()
         self.was_trainable: tuple[str, ...] = ()
+        self.prompt: Prompt | None = None
 
 
 class Adapter(nn.Module):
     """One method at one layer: its tensors, and whether and how strongly it acts.
 
     site: the layer's name in the model that was adapted. fingerprint: of the layer's weights.
+    A head that is tied to an embedding carries the embedding's own adapter.
     """
 
     def __init__(
@@ -56,13 +59,23 @@ class Adapter(nn.Module):
             for key, shared in self.keys
         }
 
-    def forward(self, x: Tensor, W: Base, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, W: Base) -> Tensor:
         variant, tensors = self.variant, self.tensors()
-        dtype = compute_dtype(x)
-        x, tensors_in = x.to(dtype), tensors
+        for key, shared in self.keys:
+            if shared or not W.targetable:  # where layers lie on several devices
+                tensors[key] = tensors[key].to(x.device)
+        dtype = W.compute_dtype(x)
+        if W.casts_input:
+            x = x.to(dtype)
+        tensors_in, W.prompt = tensors, self.attachment.prompt
+        if variant.needs_prompt and W.prompt is None:
+            raise ValueError(
+                f"{variant.name}: {self.site} does not know the prompts; call the model with "
+                "prompt_lengths=, a tensor (batch,), or within ll.prompts(model, lengths)"
+            )
         checked = shapes.CHECKED and not torch.compiler.is_compiling()
         if checked:
-            shapes.check_tensors(variant, W, tensors)
+            shapes.check_tensors(variant, W, tensors, self.attachment.widest)
         if self.prepares:
             wide = torch.promote_types(dtype, torch.float32)
             with without_autocast(x.device.type):
@@ -71,8 +84,8 @@ class Adapter(nn.Module):
             tensors_in = cast(tensors_in, dtype)
         if self.strength != 1:
             below, z = W.below, W(x)
-            W.below = lambda h, *rest: z if h is x else below(h, *rest)
-        y = variant.forward(x, W, *args, **tensors_in, **kwargs)
+            W.below = lambda h, *rest, **named: z if h is x else below(h, *rest, **named)
+        y = variant.forward(x, W, **tensors_in)
         if self.strength != 1:
             y = z + self.strength * (y - z)
         if self.training and variant.observes and torch.is_grad_enabled():
@@ -116,7 +129,7 @@ class Adapted:
     """
 
     adapters: nn.ModuleDict
-    base_kind: type[Base]
+    kinds: dict[str, type[Base]]
     base_class: type[nn.Module]
     # A forward set on the instance (accelerate does so) would hide the class's.
     instance_forward: Any = None
@@ -133,54 +146,55 @@ class Adapted:
             args = (kwargs.pop(next(iter(kwargs))),)
         run = self.frozen
         if not self.merged:
-            for adapter in self.adapters.values():
+            for name, adapter in self.adapters.items():
                 if adapter.enabled:
-                    run = functools.partial(_apply, adapter, self.base_kind(self, run))
+                    run = functools.partial(_apply, adapter, self.kinds[name](self, run))
         return run(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # The class is made at run time, so copies and pickles name what it is made of.
-        return _rebuild, (self.base_class, self.base_kind), self.__dict__
+        return _rebuild, (self.base_class,), self.__dict__
 
 
 def _apply(adapter: Adapter, W: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return adapter.forward(x, W, *args, **kwargs)
+    W.args, W.kwargs = args, kwargs
+    return W.outcome(adapter.forward(x, W))
 
 
 @functools.cache
-def adapted_class(base_class: type[nn.Module], kind: type[Base]) -> type[nn.Module]:
+def adapted_class(base_class: type[nn.Module]) -> type[nn.Module]:
     """The class of a `base_class` layer that carries adapters."""
     namespace = {
         "base_class": base_class,
-        "base_kind": kind,
         "__module__": base_class.__module__,
         "__qualname__": base_class.__qualname__,
     }
     return type(base_class.__name__, (Adapted, base_class), namespace)
 
 
-def _rebuild(base_class: type[nn.Module], kind: type[Base]) -> nn.Module:
-    cls = adapted_class(base_class, kind)
+def _rebuild(base_class: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base_class)
     return cls.__new__(cls)
 
 
 def put(layer: nn.Module, name: str, adapter: Adapter) -> None:
     """Add an adapter to a layer, adapting the layer first if it carries none."""
+    kind = base_kind(layer, adapter.variant.site)
     if not isinstance(layer, Adapted):
-        kind = base_kind(layer, adapter.variant.site)
         instance_forward = layer.__dict__.pop("forward", None)
-        layer.__class__ = adapted_class(type(layer), kind)
-        layer.adapters = nn.ModuleDict()
+        layer.__class__ = adapted_class(type(layer))
+        layer.adapters, layer.kinds = nn.ModuleDict(), {}
         if instance_forward is not None:
             layer.instance_forward = instance_forward
+    layer.kinds[name] = kind
     layer.adapters[name] = adapter
 
 
 def remove(layer: nn.Module, name: str) -> None:
     """Take an adapter off a layer; with the last one the layer is what it was."""
-    del layer.adapters[name]
+    del layer.adapters[name], layer.kinds[name]
     if not layer.adapters:
-        del layer.adapters
+        del layer.adapters, layer.kinds
         instance_forward = layer.__dict__.pop("instance_forward", None)
         layer.__dict__.pop("merged", None)
         layer.__class__ = layer.base_class
@@ -212,22 +226,9 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def autocasting(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; "meta" has none."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 def without_autocast(kind: str) -> AbstractContextManager[None]:
     """A context in which autocast is off."""
     return torch.autocast(kind, enabled=False) if autocasting(kind) else nullcontext()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a layer computes on x: x's own, or autocast's."""
-    kind = x.device.type
-    if autocasting(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -238,11 +239,12 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def all_adapters(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
-    """(layer name, layer, adapter) of every adapter on the model."""
+    """(layer name, layer, adapter) of every adapter on the model, each once."""
     return [
         (path, layer, adapter)
         for path, layer in adapted_layers(model)
-        for adapter in layer.adapters.values()
+        for name, adapter in layer.adapters.items()
+        if layer.kinds[name].targetable
     ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lite.adapted import (
     Adapter,
     Attachment,
+    adapted_layers,
     adapters,
     all_adapters,
     bare,
@@ -25,8 +26,9 @@ from lora_lite.adapted import (
 )
 from lora_lite.base import Base, base_kind
 from lora_lite.calibration import Batches, calibrate
+from lora_lite.prompts import forget_prompts, learn_prompts
 from lora_lite.steps import warn_unless_stepped
-from lora_lite.targets import Targets, find_sites, overridden
+from lora_lite.targets import Targets, find_sites, overridden, tied_layers
 from lora_lite.variant import Stats, Variant, configure
 
 SHARED = "lora_lite"
@@ -34,7 +36,10 @@ SHARED = "lora_lite"
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that a method goes to, and what the method costs there."""
+    """One layer that a method goes to, and what the method costs there.
+
+    tied: layers that share its weight, and with it the adapter.
+    """
 
     name: str
     layer: nn.Module = field(repr=False)
@@ -42,6 +47,12 @@ class Site:
     d_in: int
     d_out: int
     shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    @property
+    def base(self) -> Base:
+        """The frozen layer."""
+        return base_kind(self.layer, self.variant.site)(self.layer)
 
     def count(self, **spec: bool) -> int:
         """Numbers in the tensors whose specs have these values (`trainable=True`)."""
@@ -65,6 +76,11 @@ class Plan:
     dtype: torch.dtype
     base_parameters: int
     left_out: tuple[str, ...] = ()
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        """The greatest d_in and d_out of the sites."""
+        return max(s.d_in for s in self.sites), max(s.d_out for s in self.sites)
 
     @property
     def trainable(self) -> int:
@@ -106,7 +122,7 @@ class Plan:
             rows.append(
                 (
                     f"{len(sites)} ×",
-                    leaf or "(the model)",
+                    " + ".join([leaf or "(the model)", *sites[0].tied]),
                     f"{d_out} × {d_in}",
                     f"{sites[0].count(trainable=True):,}",
                     f"{words} ({', '.join(other)})" if other else words,
@@ -162,9 +178,7 @@ def plan(
             )
     layers = find_sites(model, configured.site, targets, exclude)
     changes = overridden(overrides or {}, layers)
-    sites = []
-    for path, layer in layers.items():
-        sites.append(site_of(path, layer, configure(configured, **changes[path])))
+    variants = {path: configure(configured, **changes[path]) for path in layers}
     container = isinstance(root := bare(model), nn.Sequential | nn.ModuleList | nn.ModuleDict)
     if container and any(spec.shared for spec in configured.specs.values()):
         raise ValueError(
@@ -172,32 +186,56 @@ def plan(
             "would take them for a layer of its own; wrap it in a module with a forward"
         )
     base = sum(p.numel() for p in base_parameters(model).values())
-    return allocated(Plan(name, configured, tuple(sites), dtype, base), {})
+    sites = sites_of(model, layers, variants)
+    return allocated(model, Plan(name, configured, sites, dtype, base), {})
 
 
-def site_of(path: str, layer: nn.Module, variant: Variant) -> Site:
-    """A variant at a layer. Raises: ValueError where it doesn't fit."""
-    W = base_kind(layer, variant.site)(layer)
-    with blame(variant, path):
-        variant.check(W.d_in, W.d_out)
-        return Site(path, layer, variant, W.d_in, W.d_out, variant.shapes(W.d_in, W.d_out))
+def sites_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], variants: Mapping[str, Variant]
+) -> tuple[Site, ...]:
+    """Each layer with its variant. Raises: ValueError where one doesn't fit, or where layers share
+    tensors and want other ones."""
+    sites, bases = [], {path: base_kind(x, variants[path].site)(x) for path, x in layers.items()}
+    sizes = {}
+    for path, W in bases.items():
+        with blame(variants[path], path):
+            sizes[path] = W.d_in, W.d_out
+            variants[path].check(*sizes[path])
+    widest = tuple(max(both) for both in zip(*sizes.values()))
+    for path, variant in variants.items():
+        with blame(variant, path):
+            shapes = variant.shapes(*sizes[path], widest)
+        tied = tied_layers(model, layers[path], variant.site)
+        sites.append(Site(path, layers[path], variant, *sizes[path], shapes, tied))
+    first = sites[0]
+    for site in sites:
+        for key in site.variant.tensor_names():
+            same = site.shapes[key] == first.shapes.get(key)
+            same &= site.variant.shared_seed == first.variant.shared_seed
+            if site.variant.specs[key].shared and not same:
+                raise ValueError(
+                    f"{site.variant.name}: {site.name} and {first.name} share {key}, and overrides "
+                    "give them other shapes or seeds of it; say those once for all"
+                )
+    return tuple(sites)
 
 
-def allocated(chart: Plan, stats: dict[str, Stats]) -> Plan:
+def allocated(model: nn.Module, chart: Plan, stats: dict[str, Stats]) -> Plan:
     """The plan with each layer's variant as the method gives it to all of them together.
 
     Raises: ValueError where the layers' variants don't go together.
     """
-    sites = {site.name: site for site in chart.sites}
+    layers = {site.name: site.layer for site in chart.sites}
     try:
-        chosen = chart.variant.allocate({name: x.variant for name, x in sites.items()}, stats)
+        chosen = chart.variant.allocate({x.name: x.variant for x in chart.sites}, stats)
     except ValueError as error:
         raise ValueError(f"{chart.variant.name}: {error}") from None
-    kept = tuple(site_of(name, sites[name].layer, chosen[name]) for name in sites if name in chosen)
-    if not kept:
+    if not chosen:
         raise ValueError(f"{chart.variant.name}: what calibration saw leaves no layer an adapter")
-    left_out = tuple(name for name in sites if name not in chosen)
-    return replace(chart, sites=kept, left_out=left_out)
+    kept = {name: layer for name, layer in layers.items() if name in chosen}
+    sites = sites_of(model, kept, {name: chosen[name] for name in kept})
+    left_out = tuple(name for name in layers if name not in chosen)
+    return replace(chart, sites=sites, left_out=left_out)
 
 
 def attach(
@@ -248,64 +286,85 @@ def attach(
         )
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    bases = {
-        site.name: base_kind(site.layer, site.variant.site)(site.layer) for site in chart.sites
-    }
+    bases = {site.name: site.base for site in chart.sites}
     stats: dict[str, Stats] = {}
     if calibration is not None:
         stats = calibrate(model, chart.sites, bases, calibration)
-        chart = allocated(chart, stats)
-    attachment = Attachment(name, seed)
+        chart = allocated(model, chart, stats)
+    attachment = Attachment(name, seed, chart.widest)
     made = []
+    share(attachment, chart.sites[0], bases[chart.sites[0].name], dtype)
     for site in chart.sites:
         with blame(site.variant, site.name):
-            tensors = fresh_tensors(
-                site, bases[site.name], attachment, dtype, stats.pop(site.name, None)
-            )
-            made.append(make_adapter(site, bases[site.name], attachment, tensors))
+            W, seen = bases[site.name], stats.pop(site.name, None)
+            tensors = fresh_tensors(site, W, attachment, dtype, seen)
+            made.append(make_adapter(site, W, attachment, tensors))
     install(model, chart, attachment, made)
     return chart
+
+
+def share(
+    attachment: Attachment,
+    site: Site,
+    W: Base,
+    dtype: torch.dtype,
+    known: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Make the tensors that all sites share, those known as they are and the others at their start,
+    drawn in the order declared."""
+    variant, known = site.variant, known or {}
+    keys = [key for key in variant.tensor_names() if variant.specs[key].shared]
+    seed = variant.shared_seed
+    seed = attachment.seed ^ zlib.crc32(b"shared") if seed is None else seed
+    generator = torch.Generator().manual_seed(seed)
+    for key in keys:
+        own = tensor_dtype(variant, key, dtype)
+        if key in known:
+            tensor = known[key]
+        elif W.device.type == "meta":
+            tensor = torch.empty(site.shapes[key], dtype=own, device="meta")
+        else:
+            tensor = variant.specs[key].init(site.shapes[key], generator).to(W.device, own)
+        register(attachment.shared, variant, key, tensor)
 
 
 def fresh_tensors(
     site: Site, W: Base, attachment: Attachment, dtype: torch.dtype, stats: Stats | None = None
 ) -> dict[str, Tensor]:
-    """A site's tensors at their start; those on the meta device when the layer is there.
+    """A site's own tensors at their start; those on the meta device when the layer is there.
 
     Each site draws from a generator of its own, seeded by the attach's seed and the layer's name:
     a layer starts alike whatever else is adapted.
     """
     variant = site.variant
+    shapes = {k: shape for k, shape in site.shapes.items() if not variant.specs[k].shared}
     if W.device.type == "meta":
         return {
             key: torch.empty(shape, dtype=tensor_dtype(variant, key, dtype), device="meta")
-            for key, shape in site.shapes.items()
+            for key, shape in shapes.items()
         }
     generator = torch.Generator().manual_seed(attachment.seed ^ zlib.crc32(site.name.encode()))
     tensors = {
         key: variant.specs[key].init(shape, generator)
-        for key, shape in site.shapes.items()
+        for key, shape in shapes.items()
         if variant.specs[key].init is not None
     }
     with torch.no_grad(), without_autocast(W.device.type):
         tensors |= variant.init(W, generator, stats)
-    for key, shape in site.shapes.items():
+    for key, shape in shapes.items():
         if key not in tensors or tuple(tensors[key].shape) != shape:
             got = tuple(tensors[key].shape) if key in tensors else "nothing"
             raise TypeError(f"{variant.name}: the start of {key} has {got}, its shape is {shape}")
     return {
         key: tensors[key].to(W.device, tensor_dtype(variant, key, dtype), copy=True).contiguous()
-        for key in site.shapes
+        for key in shapes
     }
 
 
 def make_adapter(
     site: Site, W: Base, attachment: Attachment, tensors: dict[str, Tensor]
 ) -> Adapter:
-    """A site's adapter, away from the model; tensors shared by all sites go to the attachment."""
-    for key, tensor in tensors.items():
-        if site.variant.specs[key].shared and not hasattr(attachment.shared, key):
-            register(attachment.shared, site.variant, key, tensor)
+    """A site's adapter with its own tensors, away from the model."""
     adapter = Adapter(site.name, site.variant, attachment, tensors)
     adapter.fingerprint = fingerprint(W)
     return adapter.train(site.layer.training)
@@ -318,7 +377,10 @@ def install(model: nn.Module, chart: Plan, attachment: Attachment, made: list[Ad
     for parameter in base.values():
         parameter.requires_grad_(False)
     for site, adapter in zip(chart.sites, made):
-        put(site.layer, chart.name, adapter)
+        for layer in (site.layer, *site.tied.values()):
+            put(layer, chart.name, adapter)
+    if chart.variant.needs_prompt:
+        learn_prompts(model, attachment)
     if attachment.shared.state_dict():
         root = bare(model)
         if not hasattr(root, SHARED):
@@ -335,8 +397,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises: ValueError where there is none.
     """
     found = adapters(model, name)
-    for _, layer, adapter in found:
-        remove(layer, adapter.attachment.name)
+    for _, layer in list(adapted_layers(model)):
+        for key in [key for key in layer.adapters if name in (None, key)]:
+            remove(layer, key)
+    for attachment, _, _ in _unique(found):
+        forget_prompts(model, attachment)
     for module in list(model.modules()):
         if isinstance(held := module._modules.get(SHARED), nn.ModuleDict):
             for key in [key for key in held if name in (None, key)]:
@@ -426,8 +491,7 @@ def tensor_dtype(variant: Variant, key: str, dtype: torch.dtype) -> torch.dtype:
 def fingerprint(W: Base) -> str | None:
     """A hash of a layer's shape and a few of its rows rounded to bfloat16, by which a checkpoint
     knows its base in any dtype; None where the weights aren't at hand as floats."""
-    weight = W.layer.weight
-    if weight.is_meta or not weight.is_floating_point():
+    if W.sample().is_meta or not W.sample().is_floating_point():
         return None
     rows = W.fingerprint_rows().detach().to("cpu", torch.bfloat16).contiguous()
     digest = hashlib.sha256(f"{W.d_out}x{W.d_in}:".encode())

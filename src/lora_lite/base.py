@@ -1,21 +1,60 @@
 """The frozen layer as a variant sees it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from lora_lite.ops.svd import SvdMethod, is_randomised, truncated_svd
+
+CHUNK = 1024
+"""Rows that are probed at a time."""
 
 
 def at_least_float32(t: Tensor) -> Tensor:
     """`t` in float32, or as it is where it is wider already or not floating point."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+class Prompt(NamedTuple):
+    """Which of a call's tokens are the prompt's.
+
+    lengths: the prompts' tokens, padding left out, of each example, or one for all. mask: which
+    tokens count, of this call and those in the cache before; None for all. seen: tokens in the
+    cache, where there is no mask.
+    """
+
+    lengths: Int[Tensor, " examples"]
+    mask: Shaped[Tensor, "batch all"] | None = None
+    seen: int = 0
+
+    def columns(
+        self, h: Float[Tensor, "batch tokens d"], first: int, last: int
+    ) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+        """Where each prompt's first and last tokens, n = first + last, stand among those of this
+        call, and which of them do. A prompt shorter than n has both halves cut at its middle."""
+        batch, tokens = h.shape[:2]
+        n = self.lengths.to(h.device)
+        n = n.repeat_interleave(batch // len(n))[:, None]
+        short = n < first + last
+        p = torch.where(short, torch.clamp(n // 2, max=first), first)
+        s = torch.where(short, torch.clamp((n + 1) // 2, max=last), last)
+        slot = torch.arange(first + last, device=h.device)
+        leads = slot < first
+        position = torch.where(leads, slot, n - (first + last) + slot)
+        there = torch.where(leads, slot < p, slot >= first + last - s)
+        if self.mask is None:
+            column = position - self.seen
+        else:
+            order = self.mask.to(h.device).long().cumsum(1)
+            column = torch.searchsorted(order, position + 1) - (order.shape[1] - tokens)
+        there = there & (column >= 0) & (column < tokens)
+        return column.where(there, 0), there
 
 
 class Base:
@@ -28,21 +67,28 @@ class Base:
     """
 
     site: ClassVar[str]
+    casts_input: ClassVar[bool] = False
+    """Whether the layer's input is cast to the dtype in which it computes."""
+    targetable: ClassVar[bool] = True
+    """Whether targets may name such a layer; others come along with one that they are tied to."""
     kinds: ClassVar[list[type["Base"]]] = []
 
     d_in: int
     d_out: int
+    prompt: Prompt | None = None
 
     def __init__(self, layer: nn.Module, below: Callable[..., Any] | None = None) -> None:
         self.layer = layer
         # Not `or`: torch 2.11's dynamo cannot ask a bound method whether it is true.
         self.below = frozen_forward(layer) if below is None else below
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
 
     def __init_subclass__(cls) -> None:
         Base.kinds.append(cls)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.below(x, *args, **kwargs)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.below(x, *self.args, **self.kwargs)
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -57,13 +103,55 @@ class Base:
     def device(self) -> torch.device:
         """Where the layer computes, also when its weight is offloaded between calls."""
         hook = getattr(self.layer, "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or self.layer.weight.device)
+        return torch.device(getattr(hook, "execution_device", None) or self.sample().device)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the layer computes on x, and the tensors of a variant arrive."""
+        return x.dtype
+
+    def sizes(self) -> tuple[int, int]:
+        """How long the last axes of the layer's input and output are; 0 where it has none."""
+        return self.d_in, self.d_out
+
+    def outcome(self, y: Tensor) -> Any:
+        """What the layer gives back, for what the variant gave."""
+        return y
+
+    def sample(self) -> Tensor:
+        """One of the layer's own tensors, for its device and dtype."""
+        return self.layer.weight
+
+    def fingerprint_rows(self) -> Shaped[Tensor, "rows columns"]:
+        """A few rows of it, by which a checkpoint knows its base again."""
+        rows = torch.linspace(0, len(self.sample()) - 1, min(4, len(self.sample()))).long()
+        return self.sample()[rows.to(self.sample().device)]
+
+    def probe(self) -> "Base":
+        """The layer's numbers away from the model, on which a chain of adapters is run to find
+        what it amounts to."""
+        raise NotImplementedError
+
+    def found(self, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The numbers (weight, bias) that a probe's layer would have to have to do what `run`, the
+        chain on it, does. Raises: ValueError where it can have none."""
+        raise NotImplementedError
+
+    def own(self) -> dict[str, Tensor]:
+        """A probe's numbers as they are without adapters."""
+        raise NotImplementedError
+
+    def write(self, numbers: Mapping[str, Tensor]) -> None:
+        """Overwrite the layer's own numbers in place, in its own layout and dtype."""
+        with torch.no_grad():
+            for key, number in numbers.items():
+                getattr(self.layer, key).copy_(number)
 
 
 class LinearBase(Base):
     """nn.Linear and its subclasses: y = x Wᵀ + b, weight stored (d_out, d_in)."""
 
     site = "linear"
+    casts_input = True
     transposed: ClassVar[bool] = False
 
     @classmethod
@@ -118,12 +206,19 @@ class LinearBase(Base):
         """z − b, in z's dtype."""
         return z if self.bias is None else z - self.bias.to(z.dtype)
 
-    def write(self, weight: Float[Tensor, "d_out d_in"], bias: Tensor | None) -> None:
-        """Overwrite the layer's own numbers in place, in its own layout and dtype."""
-        with torch.no_grad():
-            self.layer.weight.copy_(weight.T if self.transposed else weight)
-            if bias is not None:
-                self.layer.bias.copy_(bias)
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        if x.dtype != torch.float64 and autocasting(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype
+
+    def probe(self) -> "DenseBase":
+        return DenseBase(self, probe_dtype(self.layer.weight))
+
+    def write(self, numbers: Mapping[str, Tensor]) -> None:
+        numbers = dict(numbers)
+        if self.transposed:
+            numbers["weight"] = numbers["weight"].T
+        super().write(numbers)
 
     def linear(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """x Wᵀ in W's dtype by the pretrained layer, bias and earlier adapters left out."""
@@ -168,7 +263,6 @@ class LinearBase(Base):
         return self.finite_weight().square().sum(1).sqrt()
 
     def fingerprint_rows(self) -> Shaped[Tensor, "rows d_in"]:
-        """Four evenly spaced rows, by which a checkpoint knows its base again."""
         rows = torch.linspace(0, self.d_out - 1, min(4, self.d_out)).long()
         return self.weight[rows.to(self.layer.weight.device)]
 
@@ -180,10 +274,7 @@ class Conv1DBase(LinearBase):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return any(
-            c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
-            for c in type(layer).__mro__
-        )
+        return _is_conv1d(layer)
 
     @classmethod
     def reads_plainly(cls, kind: type[nn.Module]) -> bool:
@@ -199,13 +290,12 @@ class Conv1DBase(LinearBase):
 
 
 class DenseBase(LinearBase):
-    """A linear layer's numbers in another precision, for probing a merge away from the model."""
+    """A linear layer's numbers in another precision."""
 
     def __init__(self, W: LinearBase, dtype: torch.dtype) -> None:
-        self.layer = W.layer
+        super().__init__(W.layer, lambda x: F.linear(x, self.dense, self.dense_bias))
         self.dense = W.weight.to(dtype)
         self.dense_bias = None if W.bias is None else W.bias.detach().to(dtype)
-        self.below = lambda x: F.linear(x, self.dense, self.dense_bias)
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -217,8 +307,216 @@ class DenseBase(LinearBase):
     bias = property(lambda self: self.dense_bias)
     training = property(lambda self: False)
 
+    def is_plain(self, x: Tensor) -> bool:
+        return False
+
     def linear(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return F.linear(x.to(self.dense.dtype), self.dense)
+
+    def own(self) -> dict[str, Tensor]:
+        bias = {} if self.dense_bias is None else {"bias": self.dense_bias}
+        return {"weight": self.dense, **bias}
+
+    def found(self, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """W' = f(I)ᵀ − f(0), by rows of I, and b' = f(0)."""
+        origin = run(self.dense.new_zeros(1, self.d_in))
+        rows = []
+        for start in range(0, self.d_in, CHUNK):
+            eye = torch.eye(self.d_in, dtype=self.dense.dtype, device=self.dense.device)
+            rows.append(run(eye[start : start + CHUNK]) - origin)
+        if self.bias is not None:
+            return {"weight": torch.cat(rows).T, "bias": origin[0]}
+        if origin.isfinite().all() and origin.any():
+            raise ValueError("needs a bias for the merge; give the layer one of zeros")
+        return {"weight": torch.cat(rows).T}
+
+
+class NormBase(Base):
+    """A normalisation over the last axis with a weight: y = weight ⊙ n(x) + bias, or, as in Gemma,
+    (1 + weight) ⊙ n(x)."""
+
+    site = "norm"
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        weight = getattr(layer, "weight", None)
+        own = "norm" in type(layer).__name__.lower() and not len(_children(layer))
+        by_channel = isinstance(layer, nn.GroupNorm | nn.modules.batchnorm._NormBase)
+        return own and not by_channel and isinstance(weight, Tensor) and weight.ndim == 1
+
+    @property
+    def d_in(self) -> int:
+        return len(self.layer.weight)
+
+    d_out = d_in
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.layer.weight.dtype
+
+    @property
+    def weight(self) -> Float[Tensor, " d_in"]:
+        return self.layer.weight.detach()
+
+    @property
+    def bias(self) -> Float[Tensor, " d_in"] | None:
+        bias = getattr(self.layer, "bias", None)
+        return None if bias is None else bias.detach()
+
+    def fingerprint_rows(self) -> Shaped[Tensor, "1 d_in"]:
+        return self.weight[None]
+
+    def with_numbers(self, x: Tensor, **numbers: Tensor) -> Tensor:
+        """What the layer gives with these numbers in place of its own, by its own class's forward;
+        what adapters beneath add to the frozen layer's output is added to this."""
+        y = self.swapped(x, numbers)
+        if self.below == getattr(self.layer, "frozen", None):
+            return y
+        return self(x) + (y - self.swapped(x, self.own()))
+
+    def swapped(self, x: Tensor, numbers: dict[str, Tensor]) -> Tensor:
+        own = self.layer._parameters
+        self.layer._parameters = {**own, **numbers}
+        try:
+            return frozen_forward(self.layer)(x)
+        finally:
+            self.layer._parameters = own
+
+    def own(self) -> dict[str, Tensor]:
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    def probe(self) -> "NormNumbers":
+        return NormNumbers(self)
+
+
+class NormNumbers(NormBase):
+    """A normalisation's numbers alone, as a layer that gives them back: whatever adapters do to the
+    output at any x, they do to these."""
+
+    def __init__(self, W: NormBase) -> None:
+        dtype = probe_dtype(W.layer.weight)
+        self.numbers = torch.stack([t.to(dtype) for t in W.own().values()])
+        super().__init__(W.layer, lambda x: self.numbers)
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return False
+
+    def swapped(self, x: Tensor, numbers: dict[str, Tensor]) -> Tensor:
+        own = super().own()
+        return torch.stack([numbers.get(key, own[key]).to(self.numbers) for key in own])
+
+    def own(self) -> dict[str, Tensor]:
+        return dict(zip(super().own(), self.numbers))
+
+    def found(self, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return dict(zip(super().own(), run(self.numbers)))
+
+
+class EmbeddingBase(Base):
+    """A table of `rows` vectors of length d_out, looked up by ids: W(ids) = scale · weight[ids]."""
+
+    site = "embedding"
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    @property
+    def d_in(self) -> int:
+        """The table's rows."""
+        return self.layer.weight.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.layer.weight.shape[1]
+
+    @property
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self.layer.weight.detach()
+
+    @property
+    def scale(self) -> Tensor | float:
+        """What the layer multiplies its rows by (Gemma's √d_out)."""
+        return getattr(self.layer, "embed_scale", 1.0)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.layer.weight.dtype
+
+    def sizes(self) -> tuple[int, int]:
+        return 0, self.d_out
+
+    def probe(self) -> "EmbeddingBase":
+        return self
+
+    def own(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def found(self, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Every row looked up; those that the adapters leave alone keep all their bits."""
+        weight = self.weight.clone()
+        for ids in torch.arange(self.d_in, device=weight.device).split(CHUNK):
+            before, after = frozen_forward(self.layer)(ids), run(ids)
+            changed = (before != after).any(1, keepdim=True)
+            weight[ids] = torch.where(changed, after / self.scale, weight[ids]).to(weight.dtype)
+        return {"weight": weight}
+
+
+class TiedHeadBase(LinearBase):
+    """An output head whose weight is an embedding's: it is adapted with it, by the same tensors,
+    and has that table's d_in and d_out."""
+
+    site = "embedding"
+    targetable = False
+
+    @property
+    def d_in(self) -> int:
+        return self.layer.out_features
+
+    @property
+    def d_out(self) -> int:
+        return self.layer.in_features
+
+    def sizes(self) -> tuple[int, int]:
+        return self.d_out, self.d_in
+
+
+class BlockBase(Base):
+    """A block of a model, whose first input and (first) output are hidden states (batch, tokens,
+    d): W(x) is the latter, and what else the block returns passes by."""
+
+    site = "block"
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return any(isinstance(m, nn.Linear) or _is_conv1d(m) for m in layer.modules() if m != layer)
+
+    @property
+    def d_in(self) -> int:
+        """As the block says, else as long as its first norm's weight or its first layer's input."""
+        if isinstance(size := getattr(self.layer, "hidden_size", None), int):
+            return size
+        for kind in (NormBase, LinearBase, Conv1DBase):
+            for module in self.layer.modules():
+                if kind.accepts(module):
+                    return kind(module).d_in
+        raise ValueError("has no norm and no linear layer to say its width")
+
+    d_out = d_in
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = super().__call__(x)
+        self.rest = out[1:] if isinstance(out, tuple) else None
+        return out if self.rest is None else out[0]
+
+    def outcome(self, y: Tensor) -> Any:
+        return y if self.rest is None else (y, *self.rest)
+
+    def sample(self) -> Tensor:
+        return next(self.layer.parameters())
+
+    def fingerprint_rows(self) -> Shaped[Tensor, "rows columns"]:
+        linear = next(m for m in self.layer.modules() if isinstance(m, nn.Linear) or _is_conv1d(m))
+        return linear.weight[:1]
 
 
 def base_kind(layer: nn.Module, site: str) -> type[Base] | None:
@@ -229,6 +527,28 @@ def base_kind(layer: nn.Module, site: str) -> type[Base] | None:
 def frozen_forward(layer: nn.Module) -> Callable[..., Any]:
     """The layer's forward without its adapters."""
     return getattr(layer, "frozen", layer.forward)
+
+
+def probe_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for weights of float32 and wider, float32 for narrower ones."""
+    wide = weight.dtype in (torch.float32, torch.float64)
+    return torch.float64 if wide else torch.float32
+
+
+def autocasting(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; "meta" has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _children(layer: nn.Module) -> list[str]:
+    return [name for name in layer._modules if name != "adapters"]
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(layer).__mro__
+    )
 
 
 def _offloaded(layer: nn.Module) -> bool:

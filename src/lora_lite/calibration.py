@@ -1,5 +1,6 @@
 """Running a model on batches, for the methods whose start depends on data."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +28,25 @@ def calibrate(
 
     Raises: ValueError where a layer saw no token, or statistics that aren't finite.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, tuple[Tensor, ...]] = {}
     counts: dict[str, int] = {}
-    mask: list[Tensor | None] = [None]
+    kinds: dict[str, type] = {}
+    batch: Any = None
     handles, modes = [], {m: m.training for m in model.modules()}
 
     def watch(site: Any) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if mask[0] is not None and x.shape[:-1] == mask[0].shape:
-                x = x[mask[0].to(x.device).bool()]
-            elif mask[0] is not None and x.shape[:-1] == (mask[0].numel(),):
-                x = x[mask[0].to(x.device).bool().flatten()]
+            mask = site.variant.tokens(batch) if isinstance(batch, Mapping) else None
+            flat = x.shape[:-1] == (mask.numel(),) if mask is not None else False
+            if mask is not None and (flat or x.shape[:-1] == mask.shape):
+                x = x[mask.to(x.device).bool().view(x.shape[:-1])]
             x = at_least_float32(x.reshape(-1, x.shape[-1]))
-            total = site.variant.statistic(x, bases[site.name])
-            sums[site.name] = sums.get(site.name, 0) + total
+            seen = site.variant.statistic(x, bases[site.name])
+            kinds[site.name] = type(seen)
+            terms = seen if isinstance(seen, tuple) else (seen,)
+            before = sums.get(site.name, (0,) * len(terms))
+            sums[site.name] = tuple(a + b for a, b in zip(before, terms))
             counts[site.name] = counts.get(site.name, 0) + len(x)
 
         return hook
@@ -51,8 +56,7 @@ def calibrate(
             handles.append(site.layer.register_forward_pre_hook(watch(site), with_kwargs=True))
         model.eval()
         with torch.random.fork_rng():
-            for batch in batches:
-                mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            for batch in progress(batches):
                 if isinstance(batch, Mapping):
                     model(**batch)
                 elif isinstance(batch, tuple | list):
@@ -64,9 +68,25 @@ def calibrate(
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+    stats = {}
     for site in sites:
-        if not counts.get(site.name):
+        n = counts.get(site.name)
+        if not n:
             raise ValueError(f"{site.variant.name}: {site.name} saw no calibration token")
-        if not sums[site.name].isfinite().all():
+        if not all(total.isfinite().all() for total in sums[site.name]):
             raise ValueError(f"{site.variant.name}: {site.name} saw NaN or infinite activations")
-    return {name: Stats(total / counts[name], counts[name]) for name, total in sums.items()}
+        means = tuple(total / n for total in sums.pop(site.name))
+        stats[site.name] = Stats(means if kinds[site.name] is tuple else means[0], n)
+    return stats
+
+
+def progress(batches: Batches) -> Iterable[Any]:
+    """The batches, with a bar on a terminal where rich is installed."""
+    if not sys.stderr.isatty():
+        return batches
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return batches
+    return track(batches, "calibrating", console=Console(stderr=True), transient=True)

@@ -24,6 +24,8 @@ from lora_lite.attach import (
     fresh_tensors,
     install,
     make_adapter,
+    share,
+    sites_of,
     tensor_dtype,
 )
 from lora_lite.base import base_kind
@@ -61,7 +63,8 @@ def save(model: nn.Module, path: PathLike, name: str | None = None) -> None:
         "seed": first.attachment.seed,
         "step": first.attachment.step,
         "total": first.attachment.total,
-        "targets": [_target(path, layer, adapter) for path, layer, adapter in found],
+        "hyperparameters": vars(first.variant),
+        "targets": [_target(path, layer, a, first.variant) for path, layer, a in found],
         "rebuilt": rebuilt,
         "digest": digest(tensors),
     }
@@ -88,7 +91,7 @@ def load(model: nn.Module, path: PathLike, name: str | None = None, *, force: bo
         made = _adapters(name, header, sites, tensors, force)
     except (KeyError, TypeError, ValueError) as error:
         raise type(error)(f"{os.fspath(path)}: {error.args[0]}") from None
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    dtype = _dtype(sites, tensors)
     count = sum(p.numel() for p in base_parameters(model).values())
     chart = Plan(name, sites[0].variant, sites, dtype, count)
     if present:
@@ -151,15 +154,17 @@ def sketches_agree(a: list[float], b: list[float]) -> bool:
     return max(abs(x - y) for x, y in zip(a, b)) <= 1e-4 * max(a[0], b[0])
 
 
-def _target(path: str, layer: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    W = layer.base_kind(layer)
-    return {
+def _target(path: str, layer: nn.Module, adapter: Adapter, usual: Variant) -> dict[str, Any]:
+    W = layer.kinds[adapter.attachment.name](layer)
+    own, usual = vars(adapter.variant), vars(usual)
+    out = {
         "name": path,
         "d_in": W.d_in,
         "d_out": W.d_out,
         "base": adapter.fingerprint or fingerprint(W),
-        "hyperparameters": vars(adapter.variant),
     }
+    changes = {key: own[key] for key in own if own[key] != usual[key]}
+    return out | ({"hyperparameters": changes} if changes else {})
 
 
 def _entries(
@@ -188,9 +193,10 @@ def _sites(model: nn.Module, header: dict[str, Any], force: bool) -> tuple[Site,
     for path in targets:
         if path not in modules:
             raise ValueError(f"the model has no layer {path!r}; {nearest(path, modules)}")
-    kind = configure(header["variant"], **header["targets"][0]["hyperparameters"]).site
+    usual = configure(header["variant"], **header["hyperparameters"])
+    kind = usual.site
     layers = find_sites(model, kind, lambda path, layer: path in targets, None)
-    sites = []
+    chosen = {}
     for path, target in targets.items():
         if path not in layers:
             raise ValueError(f"{path} is no {kind} layer on this model")
@@ -205,10 +211,8 @@ def _sites(model: nn.Module, header: dict[str, Any], force: bool) -> tuple[Site,
                 f"{path} has other weights than the base that the adapter was trained on; "
                 "load that base, or pass force=True if it is meant"
             )
-        variant = configure(header["variant"], **target["hyperparameters"])
-        shapes = variant.shapes(W.d_in, W.d_out)
-        sites.append(Site(path, layers[path], variant, W.d_in, W.d_out, shapes))
-    return tuple(sites)
+        chosen[path] = configure(usual, **target.get("hyperparameters", {}))
+    return sites_of(model, {path: layers[path] for path in targets}, chosen)
 
 
 def _check_tensors(sites: tuple[Site, ...], tensors: dict[str, Tensor]) -> None:
@@ -237,6 +241,16 @@ def _check_tensors(sites: tuple[Site, ...], tensors: dict[str, Tensor]) -> None:
             site.variant.check_tensors(site.d_in, site.d_out, **own)
 
 
+def _dtype(sites: tuple[Site, ...], tensors: dict[str, Tensor]) -> torch.dtype:
+    """That of the tensors whose annotation leaves it open."""
+    for site in sites:
+        for name in site.shapes:
+            key = file_key(site.name, site.variant, name)
+            if key in tensors and tensor_dtype(site.variant, name, torch.float64) == torch.float64:
+                return tensors[key].dtype
+    return torch.float32
+
+
 def _present(model: nn.Module, name: str, sites: tuple[Site, ...]) -> list[Adapter]:
     """The model's adapters of that name, in the sites' order; none on a fresh model."""
     try:
@@ -263,30 +277,45 @@ def _adapters(
     force: bool,
 ) -> list[Adapter]:
     """The file's adapters, away from the model; tensors that it leaves out are made again."""
-    attachment = Attachment(name, header["seed"])
+    sizes = [(site.d_in, site.d_out) for site in sites]
+    attachment = Attachment(name, header["seed"], tuple(max(both) for both in zip(*sizes)))
     attachment.step, attachment.total = header["step"], header["total"]
+    dtype = _dtype(sites, tensors)
+
+    def found(site: Site, shared: bool) -> dict[str, Tensor]:
+        W = site.base
+        device = "cpu" if W.device.type == "meta" else W.device
+        return {
+            key: tensors[file_key(site.name, site.variant, key)].to(device, copy=True)
+            for key in site.shapes
+            if site.variant.specs[key].saved and site.variant.specs[key].shared == shared
+        }
+
+    def check(site: Site, fresh: dict[str, Tensor]) -> None:
+        for key, tensor in fresh.items():
+            where = file_key(site.name, site.variant, key)
+            if not (force or sketches_agree(sketch(tensor), header["rebuilt"][where])):
+                raise ValueError(
+                    f"{where}, made again, is not what it was when saved: the seed or the "
+                    "base differ; load the right base, or pass force=True if it is meant"
+                )
+
+    shared = found(sites[0], shared=True)
+    share(attachment, sites[0], sites[0].base, dtype, shared)
+    again = dict(attachment.shared.state_dict())
+    check(sites[0], {key: t for key, t in again.items() if key not in shared})
     made = []
     for site in sites:
-        W = base_kind(site.layer, site.variant.site)(site.layer)
-        keys = {key: file_key(site.name, site.variant, key) for key in site.shapes}
-        device = "cpu" if W.device.type == "meta" else W.device
-        values = {
-            key: tensors[keys[key]].to(device, copy=True)
-            for key in site.shapes
-            if site.variant.specs[key].saved
-        }
-        if left_out := site.shapes.keys() - values.keys():
-            dtype = next((t.dtype for t in values.values() if t.is_floating_point()), torch.float32)
+        W, values = site.base, found(site, shared=False)
+        own = {key for key in site.shapes if not site.variant.specs[key].shared}
+        if own - values.keys():
             fresh = fresh_tensors(site, W, attachment, dtype)
-            for key in left_out:
-                if not (force or sketches_agree(sketch(fresh[key]), header["rebuilt"][keys[key]])):
-                    raise ValueError(
-                        f"{keys[key]}, made again, is not what it was when saved: the seed or the "
-                        "base differ; load the right base, or pass force=True if it is meant"
-                    )
-                values[key] = fresh[key]
-        ordered = {key: values[key] for key in site.shapes}
-        made.append(make_adapter(site, W, attachment, ordered))
+            fresh = {key: t for key, t in fresh.items() if key not in values}
+            check(site, fresh)
+            values |= fresh
+        made.append(
+            make_adapter(site, W, attachment, {k: values[k] for k in site.shapes if k in own})
+        )
     return made
 
 

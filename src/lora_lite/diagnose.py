@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapted import Adapted, adapters
-from lora_lite.base import DenseBase
-from lora_lite.merge import merged_weight, probe_dtype
+from lora_lite.merge import base_of, delta_weight
 
 NAMED_LAYERS = 16
 
@@ -91,7 +90,7 @@ def diagnose(model: nn.Module, *, spectra: bool = True) -> Diagnosis:
     for name, layer, adapter in adapters(model):
         row = {"layer": name, "adapter": adapter.attachment.name, "method": adapter.variant.name}
         with torch.no_grad():
-            own = adapter.variant.diagnose(layer.base_kind(layer), **adapter.tensors())
+            own = adapter.variant.diagnose(base_of(layer), **adapter.tensors())
         rows.append(row | spectrum_of[id(layer)] | own)
     return Diagnosis(tuple(rows))
 
@@ -109,8 +108,9 @@ def _update(name: str, layer: Adapted, spectra: bool) -> dict[str, float | None]
     names = ("change", "effective_rank", "spectral_entropy")[: 3 if spectra else 1]
     if any(adapter.variant.nonlinear() for adapter in layer.adapters.values()):
         return dict.fromkeys(names)
-    W = DenseBase(layer.base_kind(layer), probe_dtype(layer)).weight
-    delta = merged_weight(name, layer)[0] - W
+    delta, W = delta_weight(name, layer)
+    if delta.ndim == 1:  # a norm's: no spectrum to speak of
+        names, spectra = names[:1], False
     change = float(delta.norm() / W.norm())
     return dict(zip(names, (change, *(spectrum(delta) if spectra else ()))))
 

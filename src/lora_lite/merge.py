@@ -1,5 +1,6 @@
 """The weight that an adapted layer amounts to, found by probing."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,7 @@ from torch import Tensor, nn
 
 from lora_lite.adapted import Adapted, adapted_layers, adapters, without_autocast
 from lora_lite.attach import detach
-from lora_lite.base import DenseBase
-
-CHUNK = 1024
+from lora_lite.base import Base
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,9 @@ def merge(model: nn.Module) -> MergeReport:
     Raises: ValueError, naming the layer, where a method is not linear in x, an adapter is off, a
     weight is shared with another module, quantised or offloaded, or W' is not finite.
     """
-    _mergeable(model)
-    report = MergeReport(tuple(_merged_layer(name, layer) for name, layer in adapted_layers(model)))
-    for name, layer in adapted_layers(model):
-        weight, bias = merged_weight(name, layer)
-        layer.base_kind(layer).write(weight, bias)
+    report = _checked(model)
+    for name, layer in probed_layers(model):
+        base_of(layer).write(merged_numbers(name, layer)[1])
     detach(model)
     return report
 
@@ -66,80 +63,82 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
 
     Raises: what `merge` raises.
     """
-    _mergeable(model)
-    layers = list(adapted_layers(model))
-    report = MergeReport(tuple(_merged_layer(name, layer) for name, layer in layers))
-    own = [(p, p.detach().clone()) for _, x in layers for p in (x.weight, x.bias) if p is not None]
+    report = _checked(model)
+    layers, every = list(probed_layers(model)), [layer for _, layer in adapted_layers(model)]
+    own = [
+        (p, p.detach().clone()) for _, x in layers for p in x._parameters.values() if p is not None
+    ]
     try:
         for name, layer in layers:
-            weight, bias = merged_weight(name, layer)
-            layer.base_kind(layer).write(weight, bias)
+            base_of(layer).write(merged_numbers(name, layer)[1])
+        for layer in every:
             layer.merged = True
         yield report
     finally:
         with torch.no_grad():
             for parameter, before in own:
                 parameter.copy_(before)
-        for _, layer in layers:
+        for layer in every:
             layer.__dict__.pop("merged", None)
 
 
 def delta_weights(model: nn.Module) -> dict[str, Tensor]:
     """ΔW = W' − W (d_out, d_in) of each adapted layer by name, in float32 or wider, with the
-    adapters that are on at the strengths that they have.
+    adapters that are on at the strengths that they have; of a norm (d,), of an embedding (rows, d).
 
     Raises: ValueError where there is no adapter or a method isn't linear.
     """
     adapters(model)
     _linear(model)
-    deltas = {}
+    return {name: delta_weight(name, layer)[0] for name, layer in probed_layers(model)}
+
+
+def delta_weight(name: str, layer: Adapted) -> tuple[Tensor, Tensor]:
+    """ΔW and W of one layer. Raises: what `merged_numbers` raises."""
+    own, new = merged_numbers(name, layer)
+    return new["weight"] - own["weight"], own["weight"]
+
+
+def probed_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """(name, layer) of the adapted layers whose numbers are their own: a head that is tied to an
+    adapted embedding changes with it."""
     for name, layer in adapted_layers(model):
-        W = DenseBase(layer.base_kind(layer), probe_dtype(layer))
-        deltas[name] = merged_weight(name, layer)[0] - W.weight
-    return deltas
+        if any(kind.targetable for kind in layer.kinds.values()):
+            yield name, layer
+
+
+def base_of(layer: Adapted) -> Base:
+    """The frozen layer, as the first of its own adapters sees it."""
+    return next(kind for kind in layer.kinds.values() if kind.targetable)(layer)
 
 
 @torch.no_grad()
-def merged_weight(name: str, layer: Adapted) -> tuple[Tensor, Tensor | None]:
-    """W' (d_out, d_in) and b' of an adapted layer in the probing precision: f(I) − f(0) by rows.
+def merged_numbers(name: str, layer: Adapted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(own, new) numbers, weight and bias, of an adapted layer in the probing precision, by running
+    its adapters that are on upon the frozen layer's probe.
 
-    Raises: ValueError where W' isn't finite, or f(0) isn't zero and no bias can hold it.
+    Raises: ValueError where the new ones aren't finite or the layer has no place for them.
     """
-    dtype = probe_dtype(layer)
-    W = DenseBase(layer.base_kind(layer), dtype)
-
-    def run(x: Tensor) -> Tensor:
-        run_one = W.below
-        for adapter in layer.adapters.values():
-            if adapter.enabled:
-                link = DenseBase.__new__(DenseBase)
-                link.__dict__ |= W.__dict__ | {"below": run_one}
-                run_one = lambda h, a=adapter, w=link: a.forward(h, w)
-        return run_one(x)
-
-    with without_autocast(W.dense.device.type):
-        origin = run(W.dense.new_zeros(1, W.d_in))
-        rows = []
-        for start in range(0, W.d_in, CHUNK):
-            eye = torch.eye(W.d_in, dtype=dtype, device=W.dense.device)[start : start + CHUNK]
-            rows.append(run(eye) - origin)
-    weight = torch.cat(rows).T
-    if not weight.isfinite().all():
+    W = base_of(layer).probe()
+    run = W.below
+    for key, adapter in layer.adapters.items():
+        if adapter.enabled and layer.kinds[key].targetable:
+            link = copy.copy(W)
+            link.below = run
+            run = lambda x, a=adapter, w=link: a.forward(x, w)
+    with without_autocast(W.sample().device.type):
+        try:
+            new = W.found(run)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    if not all(number.isfinite().all() for number in new.values()):
         raise ValueError(f"{name}: the merged weight has NaN or infinite entries; nothing changed")
-    if layer.bias is None and origin.any():
-        raise ValueError(f"{name} needs a bias for the merge; give the layer one of zeros")
-    return weight, origin[0] if layer.bias is not None else None
-
-
-def probe_dtype(layer: nn.Module) -> torch.dtype:
-    """float64 for weights of float32 and wider, float32 for narrower ones."""
-    wide = layer.weight.dtype in (torch.float32, torch.float64)
-    return torch.float64 if wide else torch.float32
+    return W.own(), new
 
 
 def _merged_layer(name: str, layer: Adapted) -> MergedLayer:
-    weight, _ = merged_weight(name, layer)
-    W = layer.base_kind(layer).weight.to(weight.dtype)
+    own, new = merged_numbers(name, layer)
+    W, weight = own["weight"], new["weight"]
     rounded = weight.to(layer.weight.dtype).to(weight.dtype)
     if not rounded.isfinite().all():
         raise ValueError(
@@ -156,14 +155,14 @@ def _linear(model: nn.Module) -> None:
             raise ValueError(f"{adapter.variant.name}: {name} can't be merged: {reason}")
 
 
-def _mergeable(model: nn.Module) -> None:
-    """Raise ValueError for the first layer that can't be merged."""
+def _checked(model: nn.Module) -> MergeReport:
+    """What a merge would do. Raises: ValueError for the first layer that can't be merged."""
     _linear(model)
     owners = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners[id(parameter)].append(f"{path}.{key}")
+                owners[id(parameter)].append((f"{path}.{key}", module))
     for name, layer, adapter in adapters(model):
         if layer.merged:
             raise ValueError(f"{name} is merged already; leave the `merged` context first")
@@ -177,9 +176,13 @@ def _mergeable(model: nn.Module) -> None:
                 f"{name}: the weight ({layer.weight.dtype} on {layer.weight.device}) can't be "
                 "written; load it as floats on a device first"
             )
-        if len(others := owners[id(layer.weight)]) > 1:
+        # One write serves both ends where both carry the same adapters.
+        own = list(layer.adapters.values())
+        others = owners[id(layer.weight)]
+        if any(list(getattr(m, "adapters", {}).values()) != own for _, m in others):
             raise ValueError(
-                f"{name}: its weight is shared by {' and '.join(others)}, and merging would change "
-                "them all; either untie it first (`layer.weight = "
+                f"{name}: its weight is shared by {' and '.join(path for path, _ in others)}, and "
+                "merging would change them all; either untie it first (`layer.weight = "
                 "nn.Parameter(layer.weight.clone())`) or keep the adapter unmerged"
             )
+    return MergeReport(tuple(_merged_layer(name, layer) for name, layer in probed_layers(model)))

@@ -43,10 +43,12 @@ def unchecked() -> Iterator[None]:
         config.update("jaxtyping_disable", before[1])
 
 
-def check_tensors(variant: "Variant", W: Any, tensors: dict[str, Tensor]) -> None:
+def check_tensors(
+    variant: "Variant", W: Any, tensors: dict[str, Tensor], widest: tuple[int, int]
+) -> None:
     """Raise TypeError where a tensor of a variant has another shape or kind than its annotation
-    says on this layer."""
-    expected = variant.shapes(W.d_in, W.d_out)
+    says on this layer, in an attach of which `widest` are the greatest sizes."""
+    expected = variant.shapes(W.d_in, W.d_out, widest)
     for key, tensor in tensors.items():
         kind = variant.annotations[key].dtype[tensor.__class__, " ".join(map(str, expected[key]))]
         if not isinstance(tensor, kind):
@@ -59,12 +61,16 @@ def check_tensors(variant: "Variant", W: Any, tensors: dict[str, Tensor]) -> Non
 def check_flow(variant: "Variant", W: Any, x: Tensor, y: Tensor) -> None:
     """Raise TypeError where a variant's input or output has another shape or dtype than the
     layer's."""
+    before, after = W.sizes()
+    axes = x.shape[:-1] if before else x.shape
+    dtype = W.compute_dtype(x)
     for what, tensor, shape in (
-        ("input", x, (*x.shape[:-1], W.d_in)),
-        ("output", y, (*x.shape[:-1], W.d_out)),
+        ("input", x, (*axes, before) if before else axes),
+        ("output", y, (*axes, after)),
     ):
-        if tensor.shape != shape or tensor.dtype != x.dtype:
+        wanted = dtype if W.casts_input else tensor.dtype
+        if tensor.shape != shape or tensor.dtype != wanted:
             raise TypeError(
                 f"{variant.name}: the {what} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"and should be {x.dtype} {shape}"
+                f"and should be {wanted} {tuple(shape)}"
             )

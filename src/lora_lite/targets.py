@@ -18,17 +18,23 @@ HEADS = ("lm_head", "head", "classifier", "score", "qa_outputs", "output_project
 def find_sites(
     model: nn.Module, site: str, targets: Targets, exclude: Targets | None
 ) -> dict[str, nn.Module]:
-    """Layer by name, in the model's order, for `attach`'s `targets` and `exclude`.
+    """Layer by name, in the model's order, for `attach`'s `targets` and `exclude`; "all-linear"
+    stands for the usual layers of any site.
 
     Raises: ValueError where a pattern matches nothing, names a layer that the site can't be, or a
     layer whose forward never runs.
     """
     modules = {clean(name): module for name, module in model.named_modules()}
-    candidates = {name: m for name, m in modules.items() if base_kind(m, site)}
+    candidates = {
+        name: m for name, m in modules.items() if (kind := base_kind(m, site)) and kind.targetable
+    }
+    if site == "block":
+        items = {id(m) for m in modules.values() if isinstance(m, nn.ModuleList) for m in m}
+        candidates = {name: m for name, m in candidates.items() if id(m) in items}
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no layer of the kind {site!r} to adapt")
     if isinstance(targets, str) and targets == "all-linear":
-        chosen = candidates.keys() - heads(model, modules)
+        chosen = USUAL[site](model, modules, candidates)
     else:
         chosen = matching(targets, candidates, modules, "targets")
     if exclude is not None:
@@ -101,6 +107,57 @@ def _miss(
     leaves = {name.rsplit(".", 1)[-1] for name in candidates}
     pattern = getattr(test, "__defaults__", None) or ("",)
     return f"no layer; {nearest(str(pattern[0]).rsplit('.', 1)[-1], leaves)}"
+
+
+def usual_linear(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
+) -> set[str]:
+    return candidates.keys() - heads(model, modules)
+
+
+def usual_norms(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
+) -> set[str]:
+    return set(candidates)
+
+
+def usual_embedding(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
+) -> set[str]:
+    """The model's input embedding, or its only one."""
+    try:
+        own = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        own = None
+    found = {name for name, m in candidates.items() if m is own}
+    if not found and len(candidates) > 1:
+        raise ValueError(
+            f"the model has the embeddings {', '.join(candidates)}; say which by `targets`"
+        )
+    return found or set(candidates)
+
+
+def usual_blocks(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
+) -> set[str]:
+    """The outermost ones."""
+    within = lambda name: any(name.startswith(f"{other}.") for other in candidates)
+    return {name for name in candidates if not within(name)}
+
+
+USUAL = dict(linear=usual_linear, norm=usual_norms, embedding=usual_embedding, block=usual_blocks)
+"""The layers that a method of each site goes to unless told otherwise."""
+
+
+def tied_layers(model: nn.Module, layer: nn.Module, site: str) -> dict[str, nn.Module]:
+    """The layers that share a layer's weight and are adapted with it, by name."""
+    return {
+        clean(name): module
+        for name, module in model.named_modules()
+        if (kind := base_kind(module, site))
+        and not kind.targetable
+        and module.weight is layer.weight
+    }
 
 
 def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:

@@ -43,14 +43,16 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 class ParamSpec:
     """One tensor of a method; its jaxtyping annotation says its shape and kind.
 
-    Words in the shape are d_in, d_out, hyperparameters and what `Variant.sizes` adds; arithmetic
-    on them is written without spaces (`"d_in//block_size block_size"`).
+    Words in the shape are d_in, d_out, the greatest of all layers, D_in and D_out, hyperparameters
+    and what `Variant.sizes` adds; arithmetic on them is written without spaces
+    (`"d_in//block_size block_size"`).
 
     init: (shape, generator) → tensor, or None where `Variant.init` supplies the values.
     trainable: False makes a buffer.
     saved: False keeps a frozen tensor out of checkpoints: its seed or the base makes it again,
         and a checksum guards it.
-    shared: one tensor for all sites of an attach.
+    shared: one tensor for all sites of an attach; `init` makes it, and its shape is of D_in, D_out
+        and hyperparameters.
     averaged: a frozen tensor that `observe` gathers; ranks average it before each `step`.
     lr: multiplier on the learning rate that `param_groups` is given, or a function of the variant.
     decay: whether weight decay applies.
@@ -69,9 +71,10 @@ class ParamSpec:
 
 
 class Stats(NamedTuple):
-    """What calibration saw at one layer: the mean over `count` tokens of `Variant.statistic`."""
+    """What calibration saw at one layer: the mean over `count` tokens of `Variant.statistic`, a
+    tuple where that is one."""
 
-    mean: Tensor
+    mean: Any
     count: int
 
 
@@ -152,12 +155,16 @@ class Variant:
     """Whether tensors arrive in the activation's dtype. A forward that gives all of them to
     operations that cast them where they are read says `casts = False`, and saves the copies."""
 
-    statistic: ClassVar[Callable[..., Tensor] | None] = None
-    """`statistic(x, W)` sums something over calibration tokens x (n, d_in); the core divides by
-    their number and hands the mean to `init`. A method without it takes no calibration."""
+    statistic: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]] | None] = None
+    """`statistic(x, W)` sums something over calibration tokens x (n, d_in), a tensor or a tuple of
+    them; the core divides by their number and hands the mean to `init`. A method without it takes
+    no calibration."""
 
     needs_calibration: ClassVar[bool] = False
     """Whether `attach` refuses to go without calibration batches."""
+
+    needs_prompt: ClassVar[bool] = False
+    """Whether `forward` reads `W.prompt`: every call must then say how long the prompts are."""
 
     def __init_subclass__(
         cls, name: str | None = None, aliases: tuple[str, ...] = (), abstract: bool = False
@@ -182,6 +189,9 @@ class Variant:
         dimensions = set(re.findall(r"[A-Za-z_]\w*", shapes))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
             if problem := _mistyped(value, _hints(type(self))[field.name]):
                 raise ValueError(f"{self.name}: {field.name}={value!r} {problem}")
             if field.name in dimensions and value is not None and value < 1:
@@ -195,9 +205,13 @@ class Variant:
         """The tensors that this configuration has, in the order declared."""
         return [k for k, spec in self.specs.items() if spec.when(self)]
 
-    def shapes(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-        """Each tensor's shape on a layer of these sizes."""
+    def shapes(
+        self, d_in: int, d_out: int, widest: tuple[int, int] | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Each tensor's shape on a layer of these sizes, the greatest of all layers being `widest`,
+        or the same."""
         words = {"d_in": d_in, "d_out": d_out}
+        words |= dict(zip(("D_in", "D_out"), widest or (d_in, d_out)))
         words |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         words |= self.sizes(d_in, d_out)
         return {
@@ -240,6 +254,12 @@ class Variant:
         """Values that depend on the layer, in place of their specs' `init`; `stats` is None
         without calibration."""
         return {}
+
+    @property
+    def shared_seed(self) -> int | None:
+        """The seed of the tensors that all layers share, where the method has one of its own; they
+        are drawn from it in the order declared. None leaves it to the attach's."""
+        return None
 
     def starts_as_identity(self) -> bool:
         """Whether a fresh adapter leaves the layer's function as it is."""
@@ -378,6 +398,10 @@ def _hints(cls: type[Variant]) -> dict[str, Any]:
 
 def _mistyped(value: Any, hint: Any) -> str | None:
     """What is wrong with a hyperparameter's value, by its annotation."""
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        fits = isinstance(value, tuple) and not any(_mistyped(v, kind) for v in value)
+        return None if fits else f"must be a tuple of {kind.__name__}"
     options = list(_alternatives(hint))
     words = [w for o in options if typing.get_origin(o) is Literal for w in typing.get_args(o)]
     if value in words and type(value) in {type(w) for w in words}:
