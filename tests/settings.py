@@ -3,8 +3,8 @@
 A method's fidelity test, `fidelity/test_<its file>.py`, says them:
 LAWS = {variant: [hyperparameters, ...]} for small layers of any shape, the first in the generic
     tests; SQUARE, likewise, for square layers.
-KEPT = {variant: (hyperparameters, numbers)}: what a layer of 96 to 160 keeps for backward a token,
-    beyond what the frozen layer keeps, where x (96) and the output (160) count if kept.
+KEPT = {variant: (hyperparameters, numbers)}: what a linear layer of 96 to 160 keeps for backward a
+    token, beyond what the frozen layer keeps, where x (96) and the output (160) count if kept.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from lora_lite.variant import variant_class
 
 # Tests declare methods of their own; these are the library's.
 BUILT_IN = ll.variants()
+LINEAR = [name for name in BUILT_IN if variant_class(name).site == "linear"]
 
 FIDELITY = Path(__file__).parent / "fidelity"
 RECTANGULAR, SQUARES = ((24, 40), (40, 24)), ((24, 24), (24, 24))

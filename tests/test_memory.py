@@ -2,26 +2,28 @@
 
 import pytest
 import torch
-from settings import BUILT_IN, KEPT
+from settings import KEPT, LINEAR
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.testing import move
+from lora_lite.testing import calibration_for, move
+from lora_lite.variant import configure
 
 T, D_IN, D_OUT = 256, 96, 160
 
 
 def test_every_method_has_its_count():
-    assert set(KEPT) == set(BUILT_IN)
+    assert set(KEPT) == set(LINEAR)
 
 
 @pytest.mark.parametrize("variant", KEPT)
 def test_numbers_kept_per_token_in_bfloat16(variant):
     hyperparameters, numbers = KEPT[variant]
     layer = nn.Linear(D_IN, D_OUT, dtype=torch.bfloat16)
-    ll.attach(layer, variant, **hyperparameters)
-    move(layer)
     x = torch.randn(T, D_IN, dtype=torch.bfloat16)
+    configured = configure(variant, **hyperparameters)
+    ll.attach(layer, configured, calibration=calibration_for(configured, [x]))
+    move(layer)
     kept = {}
 
     def note(t):

@@ -5,22 +5,26 @@ import copy
 import pytest
 import torch
 from models import IDS, gpt2, llama
-from settings import BUILT_IN, SMALL
+from settings import BUILT_IN, LINEAR, SMALL
 
 import lora_lite as ll
-from lora_lite.testing import snapshot, unchanged
+from lora_lite.testing import calibration_for, snapshot, unchanged
+from lora_lite.variant import configure
 
 
 @pytest.mark.parametrize("variant", BUILT_IN)
 def test_a_llama_trains_and_detaches(variant):
     model = llama()
     before = snapshot(model)
-    ll.attach(model, variant=variant, **SMALL[variant][0])
+    configured = configure(variant, **SMALL[variant][0])
+    batches = calibration_for(configured, [dict(input_ids=IDS)])
+    ll.attach(model, variant=configured, calibration=batches)
+    prompt = dict(prompt_lengths=torch.tensor([4])) if configured.needs_prompt else {}
     optimizer = torch.optim.AdamW(ll.param_groups(model, lr=5e-2))
     ll.schedule(model, optimizer, total=8)
     losses = []
     for _ in range(8):
-        loss = model(IDS, labels=IDS).loss
+        loss = model(IDS, labels=IDS, **prompt).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -120,8 +124,10 @@ def test_gpt2_conv1d_trains_like_the_linear_layer_it_equals():
         linear.weight.copy_(conv.weight.T)
         linear.bias.copy_(conv.bias)
     x = torch.randn(2, 3, 32)
-    for variant in BUILT_IN:
+    for variant in LINEAR:
         one, other = copy.deepcopy(conv), copy.deepcopy(linear)
+        configured = configure(variant, **SMALL[variant][0])
         for layer in (one, other):
-            ll.attach(layer, variant, seed=0, **SMALL[variant][0])
+            batches = calibration_for(configured, [torch.ones(3, 32), torch.eye(32)])
+            ll.attach(layer, configured, seed=0, calibration=batches)
         torch.testing.assert_close(one(x), other(x))

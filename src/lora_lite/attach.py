@@ -195,8 +195,9 @@ def sites_of(
 ) -> tuple[Site, ...]:
     """Each layer with its variant. Raises: ValueError where one doesn't fit, or where layers share
     tensors and want other ones."""
-    sites, bases = [], {path: base_kind(x, variants[path].site)(x) for path, x in layers.items()}
-    sizes = {}
+    sites, sizes = [], {}
+    bases = {path: base_kind(x, variants[path].site)(x) for path, x in layers.items()}
+    variants = {path: variants[path].fit(W) for path, W in bases.items()}
     for path, W in bases.items():
         with blame(variants[path], path):
             sizes[path] = W.d_in, W.d_out

@@ -485,6 +485,7 @@ class BlockBase(Base):
     d): W(x) is the latter, and what else the block returns passes by."""
 
     site = "block"
+    rest: tuple[Any, ...] | None = None
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -505,8 +506,10 @@ class BlockBase(Base):
 
     def __call__(self, x: Tensor) -> Tensor:
         out = super().__call__(x)
-        self.rest = out[1:] if isinstance(out, tuple) else None
-        return out if self.rest is None else out[0]
+        if not isinstance(out, tuple):
+            return out
+        self.rest = out[1:]
+        return out[0]
 
     def outcome(self, y: Tensor) -> Any:
         return y if self.rest is None else (y, *self.rest)

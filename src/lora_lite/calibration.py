@@ -76,7 +76,11 @@ def calibrate(
         if not all(total.isfinite().all() for total in sums[site.name]):
             raise ValueError(f"{site.variant.name}: {site.name} saw NaN or infinite activations")
         means = tuple(total / n for total in sums.pop(site.name))
-        stats[site.name] = Stats(means if kinds[site.name] is tuple else means[0], n)
+        seen = Stats(means if kinds[site.name] is tuple else means[0], n)
+        try:
+            stats[site.name] = site.variant.summarise(seen, bases[site.name])
+        except ValueError as error:
+            raise ValueError(f"{site.variant.name}: {site.name} {error}") from error
     return stats
 
 

@@ -14,14 +14,15 @@ from lora_lite.base import Prompt
 
 class PromptHook:
     """Before each call of a model: take `prompt_lengths` from its arguments, read its
-    `attention_mask` and cache, and tell an attach's adapters.
+    `attention_mask` and cache, and tell the adapters of some attaches.
 
     given: the lengths that `prompts` set. masked_at: where attention_mask stands among the model's
     positional arguments.
     """
 
-    def __init__(self, attachment: Attachment, model: nn.Module) -> None:
-        self.attachment, self.given = attachment, None
+    def __init__(self, model: nn.Module) -> None:
+        self.attachments: list[Attachment] = []
+        self.given: Tensor | None = None
         names = list(inspect.signature(model.forward).parameters)
         self.masked_at = names.index("attention_mask") if "attention_mask" in names else None
 
@@ -35,14 +36,19 @@ class PromptHook:
             mask = args[self.masked_at]
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        self.attachment.prompt = None if lengths is None else Prompt(lengths, mask, seen)
+        for attachment in self.attachments:
+            attachment.prompt = None if lengths is None else Prompt(lengths, mask, seen)
         return args, kwargs
 
 
 def learn_prompts(model: nn.Module, attachment: Attachment) -> None:
     """Tell an attach's adapters of each call of the model from now on."""
     root = bare(model)
-    root.register_forward_pre_hook(PromptHook(attachment, root), with_kwargs=True)
+    hook = next((hook for module, _, hook in prompt_hooks(model) if module is root), None)
+    if hook is None:
+        hook = PromptHook(root)
+        root.register_forward_pre_hook(hook, with_kwargs=True)
+    hook.attachments.append(attachment)
 
 
 def prompt_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, PromptHook]]:
@@ -56,7 +62,8 @@ def prompt_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, PromptHook]
 def forget_prompts(model: nn.Module, attachment: Attachment) -> None:
     """The reverse of `learn_prompts`."""
     for module, key, hook in prompt_hooks(model):
-        if hook.attachment is attachment:
+        hook.attachments = [other for other in hook.attachments if other is not attachment]
+        if not hook.attachments:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 

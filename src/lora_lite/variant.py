@@ -189,9 +189,6 @@ class Variant:
         dimensions = set(re.findall(r"[A-Za-z_]\w*", shapes))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
             if problem := _mistyped(value, _hints(type(self))[field.name]):
                 raise ValueError(f"{self.name}: {field.name}={value!r} {problem}")
             if field.name in dimensions and value is not None and value < 1:
@@ -240,6 +237,15 @@ class Variant:
     def tokens(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Which tokens of a calibration batch count, as a mask; None for all."""
         return batch.get("attention_mask")
+
+    def fit(self, W: Base) -> "Variant":
+        """The variant as it goes on a layer: itself, or with what the layer lacks left out."""
+        return self
+
+    def summarise(self, seen: Stats, W: Base) -> Stats:
+        """What `allocate` and `init` get of a layer's statistic: the mean, or what is made of it
+        once."""
+        return seen
 
     @classmethod
     def allocate(
@@ -356,6 +362,10 @@ def configure(variant: str | type[Variant] | Variant, **hyperparameters: Any) ->
     for key in hyperparameters:
         if key not in known:
             raise TypeError(f"{cls.name} has no hyperparameter {key!r}; {nearest(key, known)}")
+    hyperparameters = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in hyperparameters.items()
+    }
     if isinstance(variant, type):
         return variant(**hyperparameters)
     return dataclasses.replace(variant, **hyperparameters)

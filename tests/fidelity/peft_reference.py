@@ -1,6 +1,5 @@
 """What the comparisons with PEFT 0.21.2 share: its layer on our base, our tensors against its."""
 
-
 import peft
 import torch
 from reference import TOLERANCE, assert_close, inputs, linear, tensors

@@ -119,7 +119,7 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = down(rows, A, scale)
-        ctx.save_for_backward(rows, W, A, B, h)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, W, A, B, h)
         ctx.scale = scale
         return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
 
@@ -130,7 +130,8 @@ class _AddLowRank(torch.autograd.Function):
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
         dp, dB = down_and_outer(dy, B, h, ctx.scale)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, outer(x, dp, A.dtype).T, dB, None
+        dA = None if x is None else outer(x, dp, A.dtype).T
+        return dx, None, None, dA, dB, None
 
 
 class _AddCore(torch.autograd.Function):

@@ -44,3 +44,28 @@ def truncated_svd(
     else:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :r], S[:r], Vh[:r]
+
+
+def sketching(d: int, k: int) -> Float[Tensor, "{d} q"]:
+    """Ω, the same each time, by which k leading eigenvectors of a d × d matrix C are found from
+    C Ω: q = 4 k + 10 orthonormal random directions."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(d, min(4 * k + 10, d), generator=generator)).Q
+
+
+def nystrom(
+    Y: Float[Tensor, "d q"], Omega: Float[Tensor, "d q"], k: int, eps: float
+) -> tuple[Float[Tensor, "d {k}"], Float[Tensor, " {k}"]]:
+    """The k leading eigenvectors and eigenvalues, falling, of the positive semidefinite C of which
+    Y = C Ω is known to a relative eps, Ω having orthonormal columns; exact for a square Ω.
+
+    The fixed-rank Nyström approximation Y (Ωᵀ Y)⁺ Yᵀ, Tropp et al. 2017, arXiv:1706.05736, eqs. 1.1
+    and 1.3; what of Ωᵀ Y is no more than rounding is left out of the inverse.
+    """
+    B = Omega.T @ Y
+    b, Q = torch.linalg.eigh((B + B.T) / 2)
+    if len(Q) == len(Y):
+        return (Omega @ Q).flip(1)[:, :k], b.flip(0)[:k].clamp(min=0)
+    known = torch.where(b > 10 * eps * b[-1], b, torch.inf)
+    U, S, _ = torch.linalg.svd(Y @ (Q * known.rsqrt()), full_matrices=False)
+    return U[:, :k], S[:k].square()

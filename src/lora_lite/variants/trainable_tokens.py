@@ -1,0 +1,71 @@
+"""Trainable tokens."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int32, Int64, Shaped
+from torch import Tensor
+
+from lora_lite.base import EmbeddingBase, TiedHeadBase
+from lora_lite.variant import ParamSpec, Stats, Variant
+
+MADE_AGAIN = dict(trainable=False, saved=False)
+
+
+class TrainableTokens(Variant, name="trainable_tokens"):
+    """Train some rows of an embedding: E' = E with the rows token_indices replaced by T.
+
+    PEFT's method of this name; there is no paper. A head that shares the embedding's weight has E'
+    too.
+
+    Start: the identity bit for bit: T is a copy of the rows.
+    Shapes: tokens (n, d), T, row k for token_indices[k]; n·d parameters.
+    Differs: 1. what is added is the difference T − E, so that adapters compose and nothing of
+    the table's size is made. 2. A padding index trains like any other.
+    """
+
+    site = "embedding"
+    token_indices: tuple[int, ...] = ()
+
+    tokens: Float[Tensor, "n d_out"] = ParamSpec(decay=False)
+    index: Int64[Tensor, "n"] = ParamSpec(**MADE_AGAIN)
+    slot: Int32[Tensor, "d_in"] = ParamSpec(**MADE_AGAIN)
+
+    def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
+        return dict(n=len(self.token_indices))
+
+    def check(self, d_in: int, d_out: int) -> None:
+        if not self.token_indices:
+            raise ValueError("is to train no token; say which by token_indices=(…)")
+        seen = set()
+        for i in self.token_indices:
+            if not 0 <= i < d_in:
+                raise ValueError(f"has {d_in} rows, and token_indices has {i}; use 0 … {d_in - 1}")
+            if i in seen:
+                raise ValueError(f"would train row {i} twice; say it once in token_indices")
+            seen.add(i)
+
+    def init(
+        self, W: EmbeddingBase, generator: torch.Generator, stats: Stats | None
+    ) -> dict[str, Tensor]:
+        index = torch.tensor(self.token_indices)
+        slot = torch.full((W.d_in,), len(index), dtype=torch.int32)
+        slot[index] = torch.arange(len(index), dtype=torch.int32)
+        return dict(tokens=W.weight[index.to(W.device)], index=index, slot=slot)
+
+    def prepare(
+        self, W: EmbeddingBase | TiedHeadBase, tokens: Tensor, index: Tensor, slot: Tensor
+    ) -> dict[str, Tensor]:
+        return dict(delta=tokens - W.weight[index], index=index, slot=slot)
+
+    def forward(
+        self,
+        x: Shaped[Tensor, "..."],
+        W: EmbeddingBase | TiedHeadBase,
+        delta: Float[Tensor, "n d"],
+        index: Tensor,
+        slot: Tensor,
+    ) -> Float[Tensor, "... out"]:
+        if isinstance(W, EmbeddingBase):
+            rows = F.pad(delta, (0, 0, 0, 1))  # and one of zeros for all other tokens
+            return W(x) + W.scale * F.embedding(slot[x], rows)
+        return W(x).index_add(-1, index, x @ delta.T)

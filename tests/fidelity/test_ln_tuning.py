@@ -1,0 +1,3 @@
+"""ln_tuning."""
+
+LAWS = {"ln_tuning": [{}, dict(beta=False)]}

@@ -1,0 +1,3 @@
+"""trainable_tokens."""
+
+LAWS = {"trainable_tokens": [dict(token_indices=(3, 1, 12))]}
