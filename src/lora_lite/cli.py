@@ -256,6 +256,8 @@ def _misfit(method: runner.Method) -> str | None:
     """Why a method can't go on the benchmark's model, or None."""
     if method.variant is None:
         return None
+    if method.variant.needs_prompt:
+        return f"{method.name}: edits the tokens of prompts, and digits have none"
     try:
         ll.plan(digits.base_model(), method.variant, method.targets)
     except ValueError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from pathlib import Path
 
 from lora_lite.variant import Variant, variant_class
 
@@ -15,7 +16,8 @@ class Description(str):
 
 
 def describe(variant: str | type[Variant]) -> Description:
-    """A method's documentation, hyperparameters with defaults, and tensors with shapes.
+    """A method's documentation, hyperparameters with defaults, and tensors with shapes; of the
+    library's own methods also what docs/variants.md says: work, review and measurements.
 
     Raises: KeyError with the nearest names for an unknown name.
     """
@@ -38,7 +40,22 @@ def describe(variant: str | type[Variant]) -> Description:
     parts += ["Hyperparameters:\n" + "\n".join(fields)] if fields else []
     parts += ["Tensors:\n" + "\n".join(tensors)] if tensors else []
     parts += ["At the defaults:\n" + "\n".join(facts)]
+    parts += ["Measured:\n" + known] if (known := measured(cls.name)) else []
     return Description("\n\n".join(parts))
+
+
+def measured(name: str) -> str:
+    """What the generated docs/variants.md, which the wheel holds too, knows of a method beyond what
+    the registry says; nothing where it isn't there."""
+    package = Path(__file__).parent
+    for path in (package / "variants.md", package.parents[1] / "docs/variants.md"):
+        if path.is_file():
+            _, _, section = path.read_text(encoding="utf-8").partition(f"\n## {name}\n")
+            facts = re.findall(r"^- (.*)", section.split("\n## ")[0], re.M)
+            facts = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", fact) for fact in facts]
+            known = ("Work", "Review", "Digits", "Step")
+            return "\n".join(f"  {fact}" for fact in facts if fact.startswith(known))
+    return ""
 
 
 def formula(cls: type[Variant]) -> str:

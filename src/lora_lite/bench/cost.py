@@ -44,8 +44,9 @@ from lora_lite.bench.workload import (
     synchronise,
 )
 from lora_lite.ops.svd import SvdMethod, is_randomised
+from lora_lite.prompts import prompt_hooks
 from lora_lite.targets import Targets
-from lora_lite.testing import move
+from lora_lite.testing import calibration_for, move
 from lora_lite.variant import Variant, configure, variant_class
 
 JORA = dict(S_L=96, S_R=96, k=24)
@@ -60,6 +61,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "boft": (dict(block_size=8, m=2),),
     "hra": (dict(r=8),),
     "vera": (dict(r=256),),
+    "eva": (dict(r=16),),
     "jora": (
         dict(JORA, magnitude="none"),
         dict(JORA, magnitude="oer_softmax"),
@@ -180,7 +182,10 @@ def sides_of(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], i
     """Ours, and those of PEFT's that compute the same; our parameters; why others are missing."""
     model = work.shell()
     start, saved = now(work.device), SvdOnce.seconds_saved
-    plan = ll.attach(model, case.variant, case.targets, seed=SEED)
+    batches = calibration_for(case.variant, [work.batch()])
+    plan = ll.attach(model, case.variant, case.targets, seed=SEED, calibration=batches)
+    for _, _, hook in prompt_hooks(model):
+        hook.given = torch.tensor([work.x.shape[-2]])
     seconds = now(work.device) - start + SvdOnce.seconds_saved - saved
     ours = Side("ours", model, seconds)
     move(model, scale=MOVED)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.bench import digits, rows
@@ -32,6 +33,7 @@ from lora_lite.variant import Variant, configure
 
 TASK = "digits"
 SWEEP_SEED = 1000
+CALIBRATION_BATCH = 128
 FULL, BASE = "full fine-tuning", "base"
 
 Report = Callable[[str], None]
@@ -89,11 +91,13 @@ class Method:
         """That, and what differs from the default protocol."""
         return rows.label(str(self), differences(protocol, Protocol()))
 
-    def start(self, seed: int, device: str) -> ViT:
-        """The base with the method on it, ready to train."""
-        model = digits.base_model().to(device).train()
+    def start(self, seed: int, images: Tensor) -> ViT:
+        """The base with the method on it, ready to train on these images; a method that can't start
+        without calibration sees them once."""
+        model = digits.base_model().to(images.device).train()
         if self.variant is not None:
-            ll.attach(model, self.variant, self.targets, seed=seed)
+            batches = images.split(CALIBRATION_BATCH) if self.variant.needs_calibration else None
+            ll.attach(model, self.variant, self.targets, seed=seed, calibration=batches)
         return model
 
 
@@ -194,7 +198,7 @@ def train(
 ) -> tuple[ViT, float, int]:
     """One run: the trained model, the median seconds of a step, the peak bytes of one."""
     torch.manual_seed(seed)
-    model = method.start(seed, protocol.device)
+    model = method.start(seed, data.images)
     if method.variant is None:
         groups = [{"params": list(model.parameters()), "lr": lr}]
     else:

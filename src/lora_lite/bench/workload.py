@@ -87,6 +87,10 @@ class Workload:
     def dtype(self) -> torch.dtype:
         return self.x.dtype
 
+    def batch(self) -> Any:
+        """The input as a calibration batch."""
+        return self.x.detach()
+
     def forward(self, side: Side) -> Tensor:
         return side.call(self.x)
 
@@ -107,8 +111,11 @@ class Workload:
 class Llama(Workload):
     """A Llama that is given embedded tokens."""
 
+    def batch(self) -> Any:
+        return dict(inputs_embeds=self.x.detach(), use_cache=False)
+
     def forward(self, side: Side) -> Tensor:
-        return side.call(inputs_embeds=self.x, use_cache=False).last_hidden_state
+        return side.call(**self.batch() | dict(inputs_embeds=self.x)).last_hidden_state
 
 
 def llama(shape: Shape, device: str) -> Llama:
