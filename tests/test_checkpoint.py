@@ -13,9 +13,12 @@ from jaxtyping import Float
 from models import IDS, MLP, llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from settings import LINEAR
 
 import lora_lite as ll
-from lora_lite.testing import move, snapshot, unchanged
+from lora_lite.attach import tensor_dtype
+from lora_lite.testing import calibration_for, move, snapshot, unchanged
+from lora_lite.variant import configure
 
 
 def saved(path, variant="lora", seed=0, **hyperparameters):
@@ -150,6 +153,35 @@ def test_shared_tensors_are_one_and_stored_once(tmp_path):
 def test_a_bare_container_has_no_place_for_shared_tensors():
     with pytest.raises(ValueError, match="a bare Sequential would take them for a layer"):
         ll.attach(torch.nn.Sequential(torch.nn.Linear(24, 4)), Shared)
+
+
+class Tower(torch.nn.Module):
+    """Layers of a width at which headers no longer dwarf vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(768, 768) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("variant", LINEAR)
+def test_a_file_is_little_more_than_what_trains_and_what_nothing_makes_again(variant, tmp_path):
+    model, configured = Tower(), configure(variant)
+    batches = calibration_for(configured, [torch.randn(64, 768)])
+    chart = ll.attach(model, configured, calibration=batches)
+    ll.save(model, tmp_path / "a.safetensors")
+    needed = sum(
+        torch.Size(shape).numel() * tensor_dtype(site.variant, key, torch.float32).itemsize
+        for site in chart.sites
+        for key, shape in site.shapes.items()
+        if site.variant.specs[key].trainable or site.variant.specs[key].saved
+    )
+    assert 4 * chart.trainable <= needed
+    assert needed < (tmp_path / "a.safetensors").stat().st_size <= 1.1 * needed
 
 
 def test_another_base_is_refused_unless_forced(tmp_path):

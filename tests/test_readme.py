@@ -25,7 +25,7 @@ def test_readme_is_short_and_executed():
 def test_public_names():
     assert ll.__all__ == sorted(ll.__all__, key=lambda n: (n[0].islower(), n))
     assert all(hasattr(ll, name) for name in ll.__all__)
-    assert len(ll.__all__) == 24
+    assert len(ll.__all__) == 25
     assert ll.LoRA(r=2).r == 2 and ll.JORA.name == "jora"
     with pytest.raises(AttributeError, match="no attribute 'Lora'"):
         _ = ll.Lora
