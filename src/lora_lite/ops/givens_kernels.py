@@ -9,7 +9,7 @@ from triton.language.extra import libdevice
 
 from lora_lite.ops.launch import cdiv, launch, power_of_2
 
-BLOCK = 256
+BLOCK, SLOTS = 32, 64
 
 
 def tables(
@@ -20,7 +20,7 @@ def tables(
     launch(
         _tables, (cdiv(d, BLOCK),),
         theta, pairs, active, c, s, p, d, len(theta), max_angle,
-        cayley, max_angle > 0, BLOCK,
+        cayley, max_angle > 0, BLOCK, SLOTS,
     )  # fmt: skip
     return c, s, p
 
@@ -65,22 +65,28 @@ def _rotation(theta, most, cayley: tl.constexpr, bounded: tl.constexpr):
 @triton.jit
 def _tables(
     theta, pairs, active, c, s, p, d, S, most,
-    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr,
+    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr, slots: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * block + tl.arange(0, block)
-    cos, sin, partner = tl.full((block,), 1.0, tl.float32), tl.zeros((block,), tl.float32), k
-    for slot in range(S):
-        if tl.load(active + slot):
-            angle = tl.full((block,), 0.0, tl.float32) + tl.load(theta + slot)
-            cos_phi, sin_phi, _ = _rotation(angle, most, cayley, bounded)
-            i, j = tl.load(pairs + 2 * slot), tl.load(pairs + 2 * slot + 1)
-            first, second = k == i, k == j
-            cos = tl.where(first | second, cos_phi, cos)
-            sin = tl.where(first, sin_phi, tl.where(second, -sin_phi, sin))
-            partner = tl.where(first, j.to(tl.int32), tl.where(second, i.to(tl.int32), partner))
-    tl.store(c + k, cos, mask=k < d)
+    cos, sin = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
+    partner, paired = tl.zeros((block,), tl.int32), tl.zeros((block,), tl.int32)
+    # Every coordinate looks at many slots at once; pairs are disjoint, so one at most is its own.
+    for first in range(0, S, slots):
+        slot = first + tl.arange(0, slots)
+        on = (slot < S) & (tl.load(active + slot, mask=slot < S, other=0) != 0)
+        angle = tl.load(theta + slot, mask=on, other=0.0)
+        cos_phi, sin_phi, _ = _rotation(angle, most, cayley, bounded)
+        i = tl.where(on, tl.load(pairs + 2 * slot, mask=on, other=-1).to(tl.int32), -1)
+        j = tl.where(on, tl.load(pairs + 2 * slot + 1, mask=on, other=-1).to(tl.int32), -1)
+        is_i, is_j = k[:, None] == i[None, :], k[:, None] == j[None, :]
+        cos += tl.sum(tl.where(is_i | is_j, cos_phi[None, :], 0.0), 1)
+        signed = tl.where(is_i, sin_phi[None, :], tl.where(is_j, -sin_phi[None, :], 0.0))
+        sin += tl.sum(signed, 1)
+        partner += tl.sum(tl.where(is_i, j[None, :], tl.where(is_j, i[None, :], 0)), 1)
+        paired += tl.sum((is_i | is_j).to(tl.int32), 1)
+    tl.store(c + k, tl.where(paired > 0, cos, 1.0), mask=k < d)
     tl.store(s + k, sin, mask=k < d)
-    tl.store(p + k, partner.to(tl.int64), mask=k < d)
+    tl.store(p + k, tl.where(paired > 0, partner, k).to(tl.int64), mask=k < d)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -48,18 +48,21 @@ def add_rotated(
     C: Float[Tensor, "q b"],
     left: Table | None,
     right: Table | None,
+    at: tuple[Int64[Tensor, " entries"], int],
     s_1: Float[Tensor, " d_out"] | None,
     on_output: bool,
 ) -> Float[Tensor, "*batch d_out"]:
     """s ⊙ (W x + Δ) + b, or W x + s ⊙ Δ + b, with Δ = R_Lᵀ C R_R x and s = 1 + s_1, or 1.
 
+    at: the coordinates of the left's pairs and then of the right's, and how many are the left's.
     On CUDA, for a diagonal C (b = 1), one pass adds and scales where the output lies, and backward
-    makes one pass for all sums over tokens; x is kept, and for s on the output the output itself
-    (with a bias, its own).
+    makes one for all sums over tokens and the input's gradient, each with a small launch for the
+    coordinates that turn; x is kept, and for s on the output the output itself (with a bias, its
+    own).
     """
     if C.shape[1] == 1 and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
-        return _AddRotated.apply(x, W.weight, W.bias, C, *tables, s_1, on_output)
+        return _AddRotated.apply(x, W.weight, W.bias, C, *tables, *at, s_1, on_output)
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
 
 
@@ -68,13 +71,13 @@ class _AddRotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, C: Tensor, *rest: Any) -> Tensor:
         from lora_lite.ops import rotated_kernels
 
-        *tables, s_1, on_output = rest
+        *tables, at, n_left, s_1, on_output = rest
         left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y, u = rotated_kernels.forward(rows @ W.T, rows, C, left, right, s_1, b, on_output)
+        rows, at = x.reshape(-1, x.shape[-1]).contiguous(), (at, n_left)
+        y, u = rotated_kernels.forward(rows @ W.T, rows, C, at, left, right, s_1, b, on_output)
         keep = None if s_1 is None or not on_output else y if b is None else u
-        ctx.save_for_backward(rows, W, C, *tables, s_1, keep)
-        ctx.on_output, ctx.divide = on_output, keep is not None and b is None
+        ctx.save_for_backward(rows, W, C, *tables, at[0], s_1, keep)
+        ctx.how = n_left, on_output, keep is not None and b is None
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -82,28 +85,38 @@ class _AddRotated(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from lora_lite.ops import rotated_kernels
 
-        x, W, C, *tables, s_1, out = ctx.saved_tensors
+        x, W, C, *tables, at, s_1, out = ctx.saved_tensors
+        n_left, on_output, divide = ctx.how
         left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
         shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, len(W)).contiguous()
         # With s on the output du = s ⊙ dy; with s on Δ alone du is dy.
-        du, sums = rotated_kernels.sums(
-            dy, dy if out is None else out, x, C, left, right, s_1, ctx.on_output, ctx.divide
+        du, dx, sums = rotated_kernels.backward(
+            dy,
+            dy if out is None else out,
+            x,
+            C,
+            (at, n_left),
+            left,
+            right,
+            s_1,
+            on_output,
+            divide,
+            ctx.needs_input_grad[0],
         )
-        dx = None
-        if ctx.needs_input_grad[0]:
-            scale = None if ctx.on_output else s_1
-            dx = rotated_kernels.input_gradient(du, x.shape[1], C, left, right, scale)
+        if dx is not None:
             dx = dx.addmm_(du, W).view(shape)
         q, m = len(C), x.shape[1]
-        ds, dc_L, ds_L, dc_R, ds_R = sums[:5]
+        ds, dC, dc_L, ds_L, dc_R, ds_R = sums
         wide = lambda t: t if q == m == len(W) else F.pad(t[:q], (0, m - q))
         return (
             dx,
             None,
             None,
-            sums[5, :q, None],
+            dC[:q, None],
             *((dc_L, ds_L, None) if left else (None,) * 3),
             *((wide(dc_R), wide(ds_R), None) if right else (None,) * 3),
+            None,
+            None,
             None if s_1 is None else ds,
             None,
         )

@@ -1,7 +1,9 @@
-"""Triton kernels of `rotated`: one pass over x and the output forward; backward one over x, the
-output and its gradient for all sums over tokens, and one that makes the input's gradient.
+"""Triton kernels of `rotated`: passes over all tokens as if nothing turned, each with a second
+launch for the few coordinates that do.
 
-Coordinates outside the pairs are their own partners, p_i = i, and nothing is read twice for them.
+Forward reads x and the output once; backward reads x, the output and its gradient once, for all
+sums over tokens and the input's gradient. A coordinate outside the pairs is its own partner,
+p_i = i, and no pass over all gathers anything.
 """
 
 import torch
@@ -9,17 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import cdiv, launch
+from lora_lite.ops.launch import cdiv, launch, power_of_2
 
 Table = tuple[Tensor, Tensor, Tensor]
+Pairs = tuple[Tensor, int]
+"""The coordinates of the left's pairs and then of the right's, −1 for none; how many are left's."""
 PROGRAMS = 528
-BLOCK = 128
+BLOCK, ROWS = 128, 16
+COLUMNS, TOKENS = 16, 64
 
 
 def forward(
     z: Tensor,
     x: Tensor,
     C: Tensor,
+    at: Pairs,
     left: Table | None,
     right: Table | None,
     s_1: Tensor | None,
@@ -31,93 +37,158 @@ def forward(
     (T, n), m = z.shape, x.shape[1]
     biased, scaled = b is not None, s_1 is not None
     y = torch.empty_like(z) if biased and scaled and on_output else z
-    launch(
-        _forward, (cdiv(n, BLOCK), cdiv(T, 16)),
-        z, x, C, *tables(left, C), *tables(right, C), s_1 if scaled else C, b if biased else C, y,
-        T, n, m, len(C),
-        left is not None, right is not None, scaled, on_output, biased, y is not z,
-        16, BLOCK,
+    args = (
+        z, x, C, at[0], *tables(left, C), *tables(right, C), s_1 if scaled else C,
+        b if biased else C, y, T, n, m, len(C), len(at[0]), at[1], *how(left, right), scaled,
+        on_output, biased, y is not z,
     )  # fmt: skip
+    launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *args, ROWS, BLOCK)
+    if len(at[0]):
+        launch(_forward_at, (cdiv(len(at[0]), COLUMNS), cdiv(T, TOKENS)), *args, TOKENS, COLUMNS)
     return y, z
 
 
-def sums(
+def backward(
     dy: Tensor,
     out: Tensor,
     x: Tensor,
     C: Tensor,
+    at: Pairs,
     left: Table | None,
     right: Table | None,
     s_1: Tensor | None,
     on_output: bool,
     divide: bool,
-) -> tuple[Tensor, Tensor]:
-    """(du, sums over tokens (6, n): for s_1, c_L, s_L, c_R, s_R and C)."""
+    to_input: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(du, R_Rᵀ Cᵀ R_L (s ⊙ dy) if `to_input`, sums over tokens (6, n): for s_1, C, c_L, s_L, c_R
+    and s_R, the last four at the pairs' coordinates)."""
     (T, n), m = dy.shape, x.shape[1]
     scaled = s_1 is not None
     du = torch.empty_like(dy) if scaled and on_output else dy
-    blocks = cdiv(n, BLOCK)
-    splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, blocks)))
-    parts = dy.new_empty(splits, 6, n, dtype=torch.float32)
+    dx = dy.new_empty(T, m) if to_input else None
+    columns = cdiv(max(n, m), BLOCK)
+    splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, columns)))
+    parts = dy.new_empty(splits, 2, n, dtype=torch.float32)
+    (entries, E_L), E = at, len(at[0])
+    sides = (C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C)
+    sizes = (T, n, m, len(C), E, E_L)
+    flags = (*how(left, right), scaled, on_output)
     launch(
-        _sums, (blocks, splits),
-        dy, out, x, C, *tables(left, C), *tables(right, C), s_1 if scaled else C, du, parts,
-        T, n, m, len(C), cdiv(T, splits),
-        left is not None, right is not None, scaled, on_output, divide,
-        8, BLOCK,
+        _backward, (columns, splits),
+        dy, out, x, *sides, du, dx if to_input else du, parts, *sizes, cdiv(T, splits),
+        *flags, divide, to_input, ROWS, BLOCK,
     )  # fmt: skip
-    return du, parts.sum(0)
-
-
-def input_gradient(
-    du: Tensor,
-    m: int,
-    C: Tensor,
-    left: Table | None,
-    right: Table | None,
-    s_1: Tensor | None,
-) -> Tensor:
-    """R_Rᵀ Cᵀ R_L (s ⊙ du), s = 1 + s_1 or 1."""
-    T, n = du.shape
-    dx = du.new_empty(T, m)
-    launch(
-        _input_gradient, (cdiv(m, BLOCK), cdiv(T, 16)),
-        du, C, *tables(left, C), *tables(right, C), C if s_1 is None else s_1, dx,
-        T, n, m, len(C),
-        left is not None, right is not None, s_1 is not None,
-        16, BLOCK,
-    )  # fmt: skip
-    return dx
+    sums = dy.new_zeros(6, n, dtype=torch.float32)
+    torch.sum(parts, 0, out=sums[:2])
+    if E:
+        columns = cdiv(E, COLUMNS)
+        if to_input:
+            grid = columns, cdiv(T, TOKENS)
+            launch(_input_gradient_at, grid, dy, dx, *sides, *sizes, *flags, TOKENS, COLUMNS)
+        splits = max(1, min(cdiv(T, TOKENS), cdiv(PROGRAMS, columns)))
+        found = dy.new_empty(splits, 6, E, dtype=torch.float32)
+        launch(
+            _sums_at, (columns, splits),
+            dy, x, *sides, found, *sizes, cdiv(T, splits), *flags, TOKENS // 2, COLUMNS,
+        )  # fmt: skip
+        # The sum for s on the output needs no turning, and is there.
+        first_row = 0 if scaled and not on_output else 1
+        launch(
+            _place, (columns, 6 - first_row),
+            found, sums, *sides, splits, *sizes, *flags, first_row, power_of_2(splits), COLUMNS,
+        )  # fmt: skip
+    return du, dx, sums
 
 
 def tables(side: Table | None, unused: Tensor) -> Table:
     return (unused, unused, unused) if side is None else side
 
 
+def how(left: Table | None, right: Table | None) -> tuple[bool, bool]:
+    return left is not None, right is not None
+
+
+@triton.jit
+def _turns(p, i, inside, side: tl.constexpr):
+    """Whether a side pairs coordinate i with another."""
+    if side:
+        return inside & (tl.load(p + i, mask=inside, other=0) != i)
+    return inside & (i < 0)
+
+
+@triton.jit
+def _entries(
+    at, E_L, p_L, p_R, n, m, E, left: tl.constexpr, right: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """A block of the list: coordinates, whether left and right turn them, and whether the entry
+    stands for its coordinate, which may be in a pair of each side, the left's entry then."""
+    e = tl.program_id(0) * block + tl.arange(0, block)
+    i = tl.load(at + e, mask=e < E, other=-1)
+    in_L = _turns(p_L, i, (i >= 0) & (i < n), left)
+    in_R = _turns(p_R, i, (i >= 0) & (i < m), right)
+    return i[None, :], in_L[None, :], tl.where(e < E_L, in_L, in_R & (in_L == 0))[None, :]
+
+
+@triton.jit
+def _number(t, i, inside):
+    return tl.load(t + i, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit
 def _mixed(x, row, i, inside, c, s, p, turns: tl.constexpr):
-    """c_i x_i + s_i x_{p_i} of the rows that `row` begins."""
-    own = tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)
+    """(R x)_i of the rows that `row` begins: c_i x_i + s_i x_{p_i}."""
+    own = _number(x, row + i, inside)
     if turns:
-        s_i = tl.load(s + i, mask=inside, other=0.0).to(tl.float32)
-        p_i = tl.load(p + i, mask=inside, other=0)
-        other = tl.load(x + row + p_i, mask=inside & (s_i != 0), other=0.0).to(tl.float32)
-        own = tl.load(c + i, mask=inside, other=0.0).to(tl.float32) * own + s_i * other
+        other = _number(x, row + tl.load(p + i, mask=inside, other=0), inside)
+        own = _number(c, i, inside) * own + _number(s, i, inside) * other
     return own
 
 
 @triton.jit
 def _core(x, row, i, inside, q, C, c, s, p, turns: tl.constexpr):
-    """(C R_R x)_i."""
+    """z_i = (C R_R x)_i."""
     inside = inside & (i < q)
-    return tl.load(C + i, mask=inside, other=0.0).to(tl.float32) * _mixed(
-        x, row, i, inside, c, s, p, turns
-    )
+    return _number(C, i, inside) * _mixed(x, row, i, inside, c, s, p, turns)
+
+
+@triton.jit
+def _scaled(dy, row, i, inside, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr):
+    """(R_L (s ⊙ dy))_i."""
+    own = _number(dy, row + i, inside)
+    if scaled:
+        own *= 1 + _number(s_1, i, inside)
+    if turns:
+        partner = tl.load(p + i, mask=inside, other=0)
+        other = _number(dy, row + partner, inside)
+        if scaled:
+            other *= 1 + _number(s_1, partner, inside)
+        own = _number(c, i, inside) * own + _number(s, i, inside) * other
+    return own
+
+
+@triton.jit
+def _finish(
+    z, y, at, delta, scale, shift, inside, scaled: tl.constexpr, on_output: tl.constexpr,
+    biased: tl.constexpr, apart: tl.constexpr,
+):  # fmt: skip
+    """Add Δ to z, scale and shift, and store at `at`; with `apart` z keeps what is not scaled."""
+    u = _number(z, at, inside)
+    if scaled and not on_output:
+        delta = scale * delta
+    u = u + delta
+    if apart:
+        tl.store(z + at, u.to(z.dtype.element_ty), mask=inside)
+    if scaled and on_output:
+        u = scale * u
+    if biased:
+        u = u + shift
+    tl.store(y + at, u.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _forward(
-    z, x, C, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q,
+    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr,
     block_t: tl.constexpr, block: tl.constexpr,
@@ -125,129 +196,155 @@ def _forward(
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & (i < n)
-    delta = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right)
-    if left:
-        s = tl.load(s_L + i, mask=i < n, other=0.0).to(tl.float32)
-        p = tl.load(p_L + i, mask=i < n, other=0)
-        other = _core(x, t * m, p, inside & (s != 0), q, C, c_R, s_R, p_R, right)
-        delta = tl.load(c_L + i, mask=i < n, other=0.0).to(tl.float32) * delta - s * other
-    u = tl.load(z + t * n + i, mask=inside, other=0.0).to(tl.float32)
-    if scaled:
-        scale = 1 + tl.load(s_1 + i, mask=i < n, other=0.0).to(tl.float32)
-        if on_output:
-            u = u + delta
-            if apart:
-                tl.store(z + t * n + i, u.to(z.dtype.element_ty), mask=inside)
-            u = scale * u
-        else:
-            u = u + scale * delta
-    else:
-        u = u + delta
-    if biased:
-        u += tl.load(b + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(y + t * n + i, u.to(y.dtype.element_ty), mask=inside)
+    # What turns keeps its z for now: a store of all columns is a wide one.
+    rests = (_turns(p_L, i, i < n, left) | _turns(p_R, i, i < q, right)) == 0
+    core = _number(C, i, rests & (i < q))
+    scale = 1 + _number(s_1, i, rests & (i < n)) if scaled else 1.0
+    shift = _number(b, i, rests & (i < n)) if biased else 0.0
+    delta = core * _number(x, t * m + i, (t < T) & (i < q))
+    _finish(z, y, t * n + i, delta, scale, shift, inside, scaled, on_output, biased, apart)
 
 
 @triton.jit
-def _sums(
-    dy, out, x, C, c_L, s_L, p_L, c_R, s_R, p_R, s_1, du, parts, T, n, m, q, tokens,
+def _forward_at(
+    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    divide: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    biased: tl.constexpr, apart: tl.constexpr,
+    block_t: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
+    t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
+    inside = (t < T) & counts & (in_L | (i < q))
+    delta = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right)
+    if left:
+        partner = tl.load(p_L + i, mask=in_L, other=0)
+        other = _core(x, t * m, partner, inside & in_L, q, C, c_R, s_R, p_R, right)
+        c, s = tl.where(in_L, _number(c_L, i, in_L), 1.0), _number(s_L, i, in_L)
+        delta = c * delta - s * other
+    scale = 1 + _number(s_1, i, counts & (i < n)) if scaled else 1.0
+    shift = _number(b, i, counts & (i < n)) if biased else 0.0
+    _finish(z, y, t * n + i, delta, scale, shift, inside, scaled, on_output, biased, apart)
+
+
+@triton.jit
+def _backward(
+    dy, out, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, du, dx, parts, T, n, m, q, E, E_L, tokens,
+    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
+    divide: tl.constexpr, to_input: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    cl = tl.load(c_L + i, mask=i < n, other=0.0).to(tl.float32) if left else 1.0
-    sl = tl.load(s_L + i, mask=i < n, other=0.0).to(tl.float32) if left else 0.0
-    pl = tl.load(p_L + i, mask=i < n, other=0) if left else i
-    pr = tl.load(p_R + i, mask=i < q, other=0) if right else i
-    scale = 1 + tl.load(s_1 + i, mask=i < n, other=0.0).to(tl.float32) if scaled else 1.0
-    zeros = tl.zeros((block_t, block), tl.float32)
-    sum_s, sum_cl, sum_sl, sum_cr, sum_sr, sum_d = zeros, zeros, zeros, zeros, zeros, zeros
+    core = _number(C, i, i < q)
+    scale = 1 + _number(s_1, i, i < n) if scaled else 1.0
+    sum_s = tl.zeros((block_t, block), tl.float32)
+    sum_C = tl.zeros((block_t, block), tl.float32)
     for first in range(begin, end, block_t):
         t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
-        inside = (t < end) & (i < n)
-        g = tl.load(dy + t * n + i, mask=inside, other=0.0).to(tl.float32)
-        z = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right)
-        z_p = zeros
-        if left:
-            z_p = _core(x, t * m, pl, inside & (pl != i), q, C, c_R, s_R, p_R, right)
+        g = _number(dy, t * n + i, (t < end) & (i < n))
+        own = _number(x, t * m + i, (t < end) & (i < q))
+        h = scale * g
+        sum_C += h * own
         if scaled:
             if on_output:
-                u = tl.load(out + t * n + i, mask=inside, other=0.0).to(tl.float32)
-                tl.store(du + t * n + i, (scale * g).to(du.dtype.element_ty), mask=inside)
+                sum_s += g * _number(out, t * n + i, (t < end) & (i < n))
+                tl.store(du + t * n + i, h.to(du.dtype.element_ty), mask=(t < end) & (i < n))
             else:
-                u = cl * z - sl * z_p
-            sum_s += g * u
-        h = scale * g
-        turned = _scaled(dy, t * n, i, inside & (i < q), c_L, s_L, p_L, s_1, left, scaled)
-        sum_d += turned * _mixed(x, t * m, i, inside & (i < q), c_R, s_R, p_R, right)
-        sum_cl += h * z
-        sum_sl -= h * z_p
-        if right:
-            # e = Cᵀ R_L h, with h = s ⊙ dy taken from dy at every coordinate.
-            e = _core_transposed(dy, t * n, i, inside, q, C, c_L, s_L, p_L, s_1, left, scaled)
-            here = inside & (i < q)
-            own = tl.load(x + t * m + i, mask=here, other=0.0).to(tl.float32)
-            other = tl.load(x + t * m + pr, mask=here & (pr != i), other=0.0).to(tl.float32)
-            sum_cr += e * own
-            sum_sr += e * other
-    at = parts + split * 6 * n + i
+                sum_s += g * core * own
+        if to_input:
+            e = (core * h).to(dx.dtype.element_ty)
+            tl.store(dx + t * m + i, e, mask=(t < end) & (i < m))
+    at_s = parts + split * 2 * n + i
     total = tl.sum(sum_s, 0)[None, :]
     if divide:
         total = tl.where(scale == 0, 0.0, total / scale)
-    tl.store(at, total, mask=i < n)
-    tl.store(at + n, tl.sum(sum_cl, 0)[None, :], mask=i < n)
-    tl.store(at + 2 * n, tl.sum(sum_sl, 0)[None, :], mask=i < n)
-    tl.store(at + 3 * n, tl.sum(sum_cr, 0)[None, :], mask=i < n)
-    tl.store(at + 4 * n, tl.sum(sum_sr, 0)[None, :], mask=i < n)
-    tl.store(at + 5 * n, tl.sum(sum_d, 0)[None, :], mask=i < n)
+    tl.store(at_s, total, mask=i < n)
+    tl.store(at_s + n, tl.sum(sum_C, 0)[None, :], mask=i < n)
 
 
 @triton.jit
-def _scaled(g, row, i, inside, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr):
-    """(R (s ⊙ g))_i."""
-    own = tl.load(g + row + i, mask=inside, other=0.0).to(tl.float32)
-    if scaled:
-        own *= 1 + tl.load(s_1 + i, mask=inside, other=0.0).to(tl.float32)
-    if turns:
-        s_i = tl.load(s + i, mask=inside, other=0.0).to(tl.float32)
-        p_i = tl.load(p + i, mask=inside, other=0)
-        there = inside & (s_i != 0)
-        other = tl.load(g + row + p_i, mask=there, other=0.0).to(tl.float32)
-        if scaled:
-            other *= 1 + tl.load(s_1 + p_i, mask=there, other=0.0).to(tl.float32)
-        own = tl.load(c + i, mask=inside, other=0.0).to(tl.float32) * own + s_i * other
-    return own
-
-
-@triton.jit
-def _core_transposed(
-    g, row, j, inside, q, C, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr
-):  # fmt: skip
-    """(Cᵀ R_L (s ⊙ g))_j."""
-    inside = inside & (j < q)
-    return tl.load(C + j, mask=inside, other=0.0).to(tl.float32) * _scaled(
-        g, row, j, inside, c, s, p, s_1, turns, scaled
-    )
-
-
-@triton.jit
-def _input_gradient(
-    du, C, c_L, s_L, p_L, c_R, s_R, p_R, s_1, dx, T, n, m, q,
-    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr,
+def _input_gradient_at(
+    dy, dx, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, T, n, m, q, E, E_L,
+    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    j = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
+    j, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
-    inside = (t < T) & (j < m)
-    e = _core_transposed(du, t * n, j, inside, q, C, c_L, s_L, p_L, s_1, left, scaled)
+    inside = (t < T) & counts & (j < m)
+    e = _number(C, j, counts & (j < q)) * _scaled(
+        dy, t * n, j, inside & (j < q), c_L, s_L, p_L, s_1, left, scaled
+    )
     if right:
-        s = tl.load(s_R + j, mask=j < m, other=0.0).to(tl.float32)
-        p = tl.load(p_R + j, mask=j < m, other=0)
-        other = _core_transposed(
-            du, t * n, p, inside & (s != 0), q, C, c_L, s_L, p_L, s_1, left, scaled
+        in_R = _turns(p_R, j, counts & (j < m), right)
+        partner = tl.load(p_R + j, mask=in_R, other=0)
+        there = inside & in_R & (partner < q)
+        other = _number(C, partner, in_R & (partner < q)) * _scaled(
+            dy, t * n, partner, there, c_L, s_L, p_L, s_1, left, scaled
         )
-        e = tl.load(c_R + j, mask=j < m, other=0.0).to(tl.float32) * e - s * other
+        c, s = tl.where(in_R, _number(c_R, j, in_R), 1.0), _number(s_R, j, in_R)
+        e = c * e - s * other
     tl.store(dx + t * m + j, e.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sums_at(
+    dy, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, found, T, n, m, q, E, E_L, tokens,
+    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
+    block_t: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
+    split = tl.program_id(1).to(tl.int64)
+    begin = split * tokens
+    end = tl.minimum(begin + tokens, T)
+    counts = counts & (in_L | (i < q))
+    in_R = _turns(p_R, i, counts & (i < q), right)
+    left_of = tl.load(p_L + i, mask=in_L, other=0) if left else i
+    right_of = tl.load(p_R + i, mask=in_R, other=0) if right else i
+    c = tl.where(in_L, _number(c_L, i, in_L), 1.0) if left else 1.0
+    s = _number(s_L, i, in_L) if left else 0.0
+    scale = 1 + _number(s_1, i, counts & (i < n)) if scaled else 1.0
+    core = _number(C, i, counts & (i < q))
+    zeros = tl.zeros((block_t, block), tl.float32)
+    sum_s, sum_C, sum_cl, sum_sl, sum_cr, sum_sr = zeros, zeros, zeros, zeros, zeros, zeros
+    for first in range(begin, end, block_t):
+        t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
+        inside = (t < end) & counts
+        g = _number(dy, t * n + i, inside)
+        z = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right)
+        z_p = zeros
+        if left:
+            z_p = _core(x, t * m, left_of, inside & in_L, q, C, c_R, s_R, p_R, right)
+        sum_s += g * (c * z - s * z_p)
+        sum_cl += scale * g * z
+        sum_sl -= scale * g * z_p
+        # h = s ⊙ dy, turned by R_L.
+        here = inside & (i < q)
+        h = _scaled(dy, t * n, i, here, c_L, s_L, p_L, s_1, left, scaled)
+        sum_C += h * _mixed(x, t * m, i, here, c_R, s_R, p_R, right)
+        if right:
+            sum_cr += core * h * _number(x, t * m + i, here & in_R)
+            sum_sr += core * h * _number(x, t * m + right_of, here & in_R)
+    e = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
+    to = found + split * 6 * E + e
+    tl.store(to, tl.sum(sum_s, 0)[None, :], mask=e < E)
+    tl.store(to + E, tl.sum(sum_C, 0)[None, :], mask=e < E)
+    tl.store(to + 2 * E, tl.sum(sum_cl, 0)[None, :], mask=e < E)
+    tl.store(to + 3 * E, tl.sum(sum_sl, 0)[None, :], mask=e < E)
+    tl.store(to + 4 * E, tl.sum(sum_cr, 0)[None, :], mask=e < E)
+    tl.store(to + 5 * E, tl.sum(sum_sr, 0)[None, :], mask=e < E)
+
+
+@triton.jit
+def _place(
+    found, sums, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, splits, T, n, m, q, E, E_L,
+    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
+    first_row: tl.constexpr, block_s: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) + first_row
+    i, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
+    counts = counts & (in_L | (i < q))
+    e = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
+    split = tl.arange(0, block_s)[:, None]
+    value = _number(found, (split * 6 + row) * E + e, counts & (split < splits))
+    tl.store(sums + row * n + i, tl.sum(value, 0)[None, :], mask=counts)

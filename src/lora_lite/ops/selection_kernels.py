@@ -24,7 +24,7 @@ def ema_(average: Tensor, x: Tensor, beta: float) -> Tensor:
     )  # fmt: skip
     if T:
         # One program: whether every coordinate is finite decides for all.
-        launch(_mix, (1,), parts, average, splits, d, 1 / T, beta, 1024, warps=8)
+        launch(_mix, (1,), parts, average, splits, d, 1 / T, beta, 4096, warps=16)
     return average
 
 
@@ -43,12 +43,12 @@ def _squares(x, parts, T, d, tokens, stride, block_t: tl.constexpr, block: tl.co
 
 
 @triton.jit
-def _mix(parts, average, splits, d, share, beta, block: tl.constexpr):
+def _mix(parts, average, splits: tl.constexpr, d, share, beta, block: tl.constexpr):
     largest = 0.0
     for first in range(0, d, block):
         i = first + tl.arange(0, block)
         total = tl.zeros((block,), tl.float32)
-        for split in range(splits):
+        for split in tl.static_range(splits):  # all loads under way at once
             total += tl.load(parts + split * d + i, mask=i < d, other=0.0)
         tl.store(parts + i, total, mask=i < d)
         # Neither NaN nor infinity is below infinity.

@@ -200,6 +200,15 @@ class SelectedRotations(Variant, abstract=True):
                 )
         return out
 
+    def turning_coordinates(self, **t: Tensor) -> tuple[Int64[Tensor, " n"], int]:
+        """The coordinates of both sides' slots, the left's first, and how many are the left's; −1
+        for an empty slot."""
+        pairs = {side: t[f"pairs_{side}"].flatten() for side in self.sides}
+        left = len(pairs.get("L", ()))
+        if not pairs:
+            return next(iter(t.values())).new_empty(0, dtype=torch.int64), 0
+        return torch.cat(list(pairs.values())), left
+
     def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """The angle of θ, in radians."""
         return angles(theta, self.rotation_param == "cayley", self.max_angle)

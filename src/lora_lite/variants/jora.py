@@ -214,6 +214,8 @@ class JORA(SelectedRotations):
         else:
             rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
             out["C"] = torch.cat([t["blocks"].flatten(0, 1), rem])
+        if "C" in out:
+            out["at"] = self.turning_coordinates(**t)
         return out
 
     def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
@@ -250,7 +252,7 @@ class JORA(SelectedRotations):
             A = t["A"] if s_1 is None else t["A"] + s_1[:, None] * t["A"]
             return add_low_rank(W, x, t["B"].T, A, self.sigma)
         if self.clip == "none" and self.core in ("diag", "block"):
-            return add_rotated(W, x, t["C"], L, R, s_1, on_output)
+            return add_rotated(W, x, t["C"], L, R, t["at"], s_1, on_output)
         Δ = self.update(x, W.d_out, L, R, **t)
         return scaled(W, W(x), torch.tanh(Δ) if self.clip == "tanh" else Δ, s_1, on_output)
 
