@@ -6,7 +6,9 @@ The interpreter has no bfloat16 products, so that the CPU tries float16 in its p
 import pytest
 import torch
 
-from lora_lite.ops import blocks, cayley, energy, givens, launch, selection, skinny
+import lora_lite as ll
+from lora_lite.ops import blocks, cayley, energy, gates, givens, launch, selection, skinny
+from lora_lite.testing import move
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -34,7 +36,7 @@ def plain(monkeypatch, f, *args):
     """f without kernels, on float64 copies."""
     with monkeypatch.context() as patch:
         patch.setattr(launch, "kernels_serve", lambda t: False)
-        for module in (blocks, cayley, energy, givens, selection, skinny):
+        for module in (blocks, cayley, energy, gates, givens, selection, skinny):
             patch.setattr(module, "kernels_serve", lambda t: False)
         return f(*(wide(a) for a in args))
 
@@ -194,3 +196,135 @@ def test_no_energies_change_nothing():
     before = average.clone()
     selection.ema_(average, random(0, 5), 0.9)
     assert torch.equal(average, before)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The names of the kernels of gates that ran."""
+    from lora_lite.ops import gates_kernels
+
+    names = []
+
+    def noted(name, real):
+        return lambda *args: names.append(name) or real(*args)
+
+    for name in ("gate", "gate_backward", "turn", "turn_backward"):
+        monkeypatch.setattr(gates_kernels, name, noted(name, getattr(gates_kernels, name)))
+    return names
+
+
+def planes(n, rows, h):
+    """c − 1 and s of rotations and stretches of 2nh coordinates."""
+    return random(n, rows, h, scale=0.5), random(n, rows, h, scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("T, d", [(1, 5), (63, 1000), (1000, 63), (129, 1023), (1023, 24)])
+def test_gates(monkeypatch, poisoned, used, T, d, dtype):
+    args = [random(T, d, dtype=dtype), random(d, scale=0.5)]
+    twins(monkeypatch, gates.gate, args, ROUNDING[dtype])
+    assert used == ["gate", "gate_backward"]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "T, n, h", [(1, 3, 1), (63, 125, 4), (1000, 9, 3), (129, 1, 63), (33, 511, 1), (1023, 4, 32)]
+)
+def test_turned_planes(monkeypatch, poisoned, used, T, n, h, rows, dtype):
+    args = [random(T, 2 * n * h, dtype=dtype), *planes(n, rows, h)]
+    twins(monkeypatch, gates.turn, args, ROUNDING[dtype])
+    assert used == ["turn", "turn_backward"]
+
+
+AS_ARGUMENTS = [
+    (gates.gate, lambda: (random(24, scale=0.5),)),
+    (gates.turn, lambda: planes(3, 1, 4)),
+    (gates.turn, lambda: planes(3, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
+def test_gates_take_any_layout(monkeypatch, poisoned, f, numbers):
+    numbers = numbers()
+    for z in (random(3, 24, 50).mT, random(40, 48)[:, ::2], random(24), random(2, 1, 24)):
+        twins(monkeypatch, f, [z, *numbers], ROUNDING[torch.float32])
+    z, ours = random(3, 24, 50).mT.requires_grad_(), [t.requires_grad_() for t in numbers]
+    # A gradient of stride 0, and one in another order.
+    for y_grad in (random(1).expand(3, 50, 24), random(3, 24, 50).mT):
+        got = torch.autograd.grad(f(z, *ours), [z, *ours], y_grad)
+        exact = [a.detach().double().requires_grad_() for a in (z, *ours)]
+        want = torch.autograd.grad(plain(monkeypatch, f, *exact), exact, y_grad.double())
+        for a, b in zip(got, want):
+            agree(a, b, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
+def test_gates_of_nothing(f, numbers):
+    z, numbers = random(0, 24, dtype=HALF).requires_grad_(), [t.requires_grad_() for t in numbers()]
+    f(z, *numbers).sum().backward()
+    assert z.grad.shape == (0, 24)
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in numbers)
+
+
+@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
+def test_gates_leave_z_alone_where_nothing_moves(poisoned, f, numbers):
+    z = random(70, 24, dtype=HALF, scale=1e3)
+    assert torch.equal(f(z, *(torch.zeros_like(t) for t in numbers())), z)
+
+
+@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
+def test_sums_of_gates_are_the_same_in_every_run(f, numbers):
+    args = [random(2000, 24, dtype=HALF), *numbers()]
+    args = [t.requires_grad_() for t in args]
+    first, second = (torch.autograd.grad(f(*args).square().sum(), args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
+def test_gates_are_differentiated_twice_in_their_plain_form(monkeypatch, f, numbers):
+    def second(*args):
+        args = [t.requires_grad_() for t in args]
+        first = torch.autograd.grad(f(*args).square().sum(), args, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), args)
+
+    args = [random(7, 24), *numbers()]
+    want = plain(monkeypatch, second, *args)
+    for a, b in zip(second(*args), want):
+        agree(a, b, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "variant, hyper, kernel",
+    [
+        ("ia3", {}, "gate"),
+        ("ia3_ff", {}, "gate"),
+        ("road", dict(group_size=8), "turn"),
+        ("road", dict(group_size=4, form=4), "turn"),
+    ],
+)
+def test_layers_run_on_them(monkeypatch, poisoned, used, variant, hyper, kernel):
+    layer = torch.nn.Linear(24, 40, device=DEVICE)
+    ll.attach(layer, variant, **hyper)
+    move(layer, scale=0.5)
+    x, y_grad = random(2, 30, 24), random(2, 30, 40)
+
+    def run(x, y_grad):
+        y = layer(x.requires_grad_())
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        return y, *torch.autograd.grad(y, [x, *trained], y_grad)
+
+    got = run(x, y_grad)
+    assert used == [kernel, f"{kernel}_backward"]
+    layer.double()
+    for a, b in zip(got, plain(monkeypatch, run, x.detach(), y_grad)):
+        agree(a, b, 4e-6)
