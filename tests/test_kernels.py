@@ -223,7 +223,7 @@ def used(monkeypatch):
 
 
 def planes(n, rows, h):
-    """c − 1 and s of rotations and stretches of 2nh coordinates."""
+    """c and s of rotations and stretches of 2nh coordinates."""
     return random(n, rows, h, scale=0.5), random(n, rows, h, scale=0.5)
 
 
@@ -276,10 +276,11 @@ def test_gates_of_nothing(f, numbers):
     assert all(t.grad.shape == t.shape and not t.grad.any() for t in numbers)
 
 
-@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
-def test_gates_leave_z_alone_where_nothing_moves(poisoned, f, numbers):
-    z = random(70, 24, dtype=HALF, scale=1e3)
-    assert torch.equal(f(z, *(torch.zeros_like(t) for t in numbers())), z)
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_gates_at_the_identity_leave_z_as_it_is(poisoned, dtype):
+    z, ones = random(70, 24, dtype=dtype, scale=1e3), torch.ones(3, 1, 4, device=DEVICE)
+    assert torch.equal(gates.gate(z, torch.ones(24, device=DEVICE)), z)
+    assert torch.equal(gates.turn(z, ones, 0 * ones), z)
 
 
 @pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)

@@ -148,3 +148,32 @@ def adalora(variant: Any, sites: list[str]) -> Twin:
         theirs.ranknum[ADAPTER].requires_grad_(False)
 
     return Twin(config, load)
+
+
+@of("ia3", "ia3_ff")
+def ia3(variant: Any, sites: list[str]) -> Twin:
+    import peft
+
+    into = variant.side == "in"
+    config = peft.IA3Config(target_modules=sites, feedforward_modules=sites if into else [])
+
+    def load(theirs: Any, ours: Mapping[str, Tensor]) -> None:
+        # A row for the inputs, a column for the outputs.
+        copy(theirs.ia3_l[ADAPTER], ours["l"][None] if into else ours["l"][:, None])
+
+    return Twin(config, load)
+
+
+@of("road")
+def road(variant: Any, sites: list[str]) -> Twin:
+    import peft
+
+    config = peft.RoadConfig(
+        variant=f"road_{variant.form}", group_size=variant.group_size, target_modules=sites
+    )
+
+    def load(theirs: Any, ours: Mapping[str, Tensor]) -> None:
+        copy(theirs.road_theta[ADAPTER], ours["theta"])
+        copy(theirs.road_alpha[ADAPTER], ours["alpha"])
+
+    return Twin(config, load)

@@ -15,55 +15,55 @@ BLOCK_T, BLOCK = 16, 128
 PROGRAMS = 1056
 
 
-def gate(z: Tensor, g_1: Tensor) -> Tensor:
-    rows, y, d = as_rows(z), empty(z), len(g_1)
+def gate(z: Tensor, g: Tensor) -> Tensor:
+    rows, y, d = as_rows(z), empty(z), len(g)
     across = cdiv(d, BLOCK)
     launch(
         _gate, (across * cdiv(len(rows), BLOCK_T),),
-        rows, g_1.contiguous(), y, len(rows), d, across,
+        rows, g.contiguous(), y, len(rows), d, across,
         BLOCK_T, BLOCK,
     )  # fmt: skip
     return y
 
 
-def gate_backward(dy: Tensor, z: Tensor, g_1: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz, dg_1)."""
-    rows, dz, d = as_rows(z), empty(z), len(g_1)
+def gate_backward(dy: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(dz, dg)."""
+    rows, dz, d = as_rows(z), empty(z), len(g)
     across = cdiv(d, BLOCK)
     splits = splits_bf(len(rows), across)
-    parts = g_1.new_empty(splits, d, dtype=torch.float32)
+    parts = g.new_empty(splits, d, dtype=torch.float32)
     launch(
         _gate_backward, (across, splits),
-        as_rows(dy), rows, g_1.contiguous(), dz, parts, len(rows), d, cdiv(len(rows), splits),
+        as_rows(dy), rows, g.contiguous(), dz, parts, len(rows), d, cdiv(len(rows), splits),
         BLOCK_T, BLOCK,
     )  # fmt: skip
-    return dz, parts.sum(0).to(g_1.dtype)
+    return dz, parts.sum(0).to(g.dtype)
 
 
-def turn(z: Tensor, c_1: Tensor, s: Tensor) -> Tensor:
-    rows, y, (n, two, h) = as_rows(z), empty(z), c_1.shape
+def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    rows, y, (n, two, h) = as_rows(z), empty(z), c.shape
     across = cdiv(n * h, BLOCK)
     launch(
         _turn, (across * cdiv(len(rows), BLOCK_T),),
-        rows, c_1.contiguous(), s.contiguous(), y, len(rows), n * h, across,
+        rows, c.contiguous(), s.contiguous(), y, len(rows), n * h, across,
         h, two == 2, BLOCK_T, BLOCK,
     )  # fmt: skip
     return y
 
 
-def turn_backward(dy: Tensor, z: Tensor, c_1: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz, dc_1, ds)."""
-    rows, dz, (n, two, h) = as_rows(z), empty(z), c_1.shape
+def turn_backward(dy: Tensor, z: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dc, ds)."""
+    rows, dz, (n, two, h) = as_rows(z), empty(z), c.shape
     across = cdiv(n * h, BLOCK)
     splits = splits_bf(len(rows), across)
-    parts = c_1.new_empty(splits, 2, n, two, h, dtype=torch.float32)
+    parts = c.new_empty(splits, 2, n, two, h, dtype=torch.float32)
     launch(
         _turn_backward, (across, splits),
-        as_rows(dy), rows, c_1.contiguous(), s.contiguous(), dz, parts,
+        as_rows(dy), rows, c.contiguous(), s.contiguous(), dz, parts,
         len(rows), n * h, cdiv(len(rows), splits),
         h, two == 2, BLOCK_T, BLOCK,
     )  # fmt: skip
-    dc, ds = parts.sum(0).to(c_1.dtype)
+    dc, ds = parts.sum(0).to(c.dtype)
     return dz, dc, ds
 
 
@@ -81,44 +81,44 @@ def splits_bf(T: int, across: int) -> int:
 
 
 @triton.jit
-def _gate(z, g_1, y, T, d, across, block_t: tl.constexpr, block: tl.constexpr):
+def _gate(z, g, y, T, d, across, block_t: tl.constexpr, block: tl.constexpr):
     # Neighbouring programs take neighbouring columns.
     i = (tl.program_id(0) % across * block + tl.arange(0, block))[None, :]
     first = (tl.program_id(0) // across).to(tl.int64) * block_t
     t = (first + tl.arange(0, block_t))[:, None]
     inside = (t < T) & (i < d)
-    g = 1 + tl.load(g_1 + i, mask=i < d, other=0.0).to(tl.float32)
-    out = g * tl.load(z + t * d + i, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(g + i, mask=i < d, other=0.0).to(tl.float32)
+    out = gain * tl.load(z + t * d + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + t * d + i, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gate_backward(
-    dy, z, g_1, dz, parts, T, d, tokens, block_t: tl.constexpr, block: tl.constexpr
+    dy, z, g, dz, parts, T, d, tokens, block_t: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    g = 1 + tl.load(g_1 + i, mask=i < d, other=0.0).to(tl.float32)
+    gain = tl.load(g + i, mask=i < d, other=0.0).to(tl.float32)
     total = tl.zeros((block_t, block), tl.float32)
     for first in range(begin, end, block_t):
         t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
         inside = (t < end) & (i < d)
         grad = tl.load(dy + t * d + i, mask=inside, other=0.0).to(tl.float32)
         total += grad * tl.load(z + t * d + i, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dz + t * d + i, (g * grad).to(dz.dtype.element_ty), mask=inside)
+        tl.store(dz + t * d + i, (gain * grad).to(dz.dtype.element_ty), mask=inside)
     tl.store(parts + split * d + i, tl.sum(total, 0)[None, :], mask=i < d)
 
 
 @triton.jit
-def _planes(j, m, h: tl.constexpr, two: tl.constexpr, c_1, s):
+def _planes(j, m, h: tl.constexpr, two: tl.constexpr, c, s):
     """Where plane j's coordinate a stands (b is h further), where its c and s do, and these."""
     i = j // h * (2 * h) + j % h
     at_a = i if two else j
     at_b = i + h if two else j
-    c_a = 1 + tl.load(c_1 + at_a, mask=j < m, other=0.0).to(tl.float32)
-    c_b = 1 + tl.load(c_1 + at_b, mask=j < m, other=0.0).to(tl.float32)
+    c_a = tl.load(c + at_a, mask=j < m, other=0.0).to(tl.float32)
+    c_b = tl.load(c + at_b, mask=j < m, other=0.0).to(tl.float32)
     s_a = tl.load(s + at_a, mask=j < m, other=0.0).to(tl.float32)
     s_b = tl.load(s + at_b, mask=j < m, other=0.0).to(tl.float32)
     return i, at_a, c_a, c_b, s_a, s_b
@@ -126,14 +126,14 @@ def _planes(j, m, h: tl.constexpr, two: tl.constexpr, c_1, s):
 
 @triton.jit
 def _turn(
-    z, c_1, s, y, T, m, across,
+    z, c, s, y, T, m, across,
     h: tl.constexpr, two: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     j = (tl.program_id(0) % across * block + tl.arange(0, block))[None, :]
     first = (tl.program_id(0) // across).to(tl.int64) * block_t
     t = (first + tl.arange(0, block_t))[:, None]
     inside = (t < T) & (j < m)
-    i, _, c_a, c_b, s_a, s_b = _planes(j, m, h, two, c_1, s)
+    i, _, c_a, c_b, s_a, s_b = _planes(j, m, h, two, c, s)
     here = t * (2 * m) + i
     a = tl.load(z + here, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(z + here + h, mask=inside, other=0.0).to(tl.float32)
@@ -143,14 +143,14 @@ def _turn(
 
 @triton.jit
 def _turn_backward(
-    dy, z, c_1, s, dz, parts, T, m, tokens,
+    dy, z, c, s, dz, parts, T, m, tokens,
     h: tl.constexpr, two: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     j = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    i, at, c_a, c_b, s_a, s_b = _planes(j, m, h, two, c_1, s)
+    i, at, c_a, c_b, s_a, s_b = _planes(j, m, h, two, c, s)
     zeros = tl.zeros((block_t, block), tl.float32)
     dc_a, dc_b, ds_a, ds_b = zeros, zeros, zeros, zeros
     for first in range(begin, end, block_t):

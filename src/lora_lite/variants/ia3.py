@@ -31,13 +31,13 @@ class IA3(Variant):
     def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
         return dict(d=d_out if self.side == "out" else d_in)
 
-    def prepare(self, W: LinearBase, l: Tensor) -> dict[str, Tensor]:  # noqa: E741
-        return dict(l_1=l - 1)
-
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, l_1: Tensor
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        W: LinearBase,
+        l: Tensor,  # noqa: E741
     ) -> Float[Tensor, "*batch d_out"]:
-        return gate(W(x), l_1) if self.side == "out" else W(gate(x, l_1))
+        return gate(W(x), l) if self.side == "out" else W(gate(x, l))
 
 
 class IA3FF(IA3, name="ia3_ff"):

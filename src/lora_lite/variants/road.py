@@ -47,10 +47,9 @@ class RoAd(Variant):
         # (groups, of cosines and of sines or of both, of both rows or of one, planes).
         sorts, rows = max(1, self.form // 2), min(2, self.form)
         theta, alpha = (t.view(-1, sorts, rows, self.group_size // 2) for t in (theta, alpha))
-        c, s = alpha[:, 0] * theta[:, 0].cos(), alpha[:, -1] * theta[:, -1].sin()
-        return dict(c_1=c - 1, s=s)
+        return dict(c=alpha[:, 0] * theta[:, 0].cos(), s=alpha[:, -1] * theta[:, -1].sin())
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, c_1: Tensor, s: Tensor
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, c: Tensor, s: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return turn(W(x), c_1, s)
+        return turn(W(x), c, s)
