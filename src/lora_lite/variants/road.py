@@ -44,10 +44,13 @@ class RoAd(Variant):
             )
 
     def prepare(self, W: LinearBase, theta: Tensor, alpha: Tensor) -> dict[str, Tensor]:
-        # (groups, of cosines and of sines or of both, of both rows or of one, planes).
-        sorts, rows = max(1, self.form // 2), min(2, self.form)
-        theta, alpha = (t.view(-1, sorts, rows, self.group_size // 2) for t in (theta, alpha))
-        return dict(c=alpha[:, 0] * theta[:, 0].cos(), s=alpha[:, -1] * theta[:, -1].sin())
+        h = self.group_size // 2
+        if self.form == 4:
+            (θ_c, θ_s), (α_c, α_s) = (t.view(-1, 2, 2, h).unbind(1) for t in (theta, alpha))
+        else:
+            θ_c = θ_s = theta.view(-1, self.form, h)
+            α_c = α_s = alpha.view(-1, self.form, h)
+        return dict(c=α_c * θ_c.cos(), s=α_s * θ_s.sin())
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, c: Tensor, s: Tensor
