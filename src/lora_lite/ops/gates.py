@@ -1,7 +1,7 @@
 """Elementwise maps of a layer's input or output: gates, and turned and stretched planes.
 
-Near 1 bfloat16 goes in steps of 2⁻⁷, so that the numbers of a map stay in float32 or wider, and its
-result alone is rounded to z's dtype. Each map keeps z alone for backward.
+The numbers next to 1 in bfloat16 are 0.996 and 1.008, so that those of a map stay in float32 or
+wider, and its result alone is rounded to z's dtype. Each map keeps z alone for backward.
 """
 
 from typing import Any

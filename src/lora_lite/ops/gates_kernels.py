@@ -30,7 +30,7 @@ def gate_backward(dy: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """(dz, dg)."""
     rows, dz, d = as_rows(z), empty(z), len(g)
     across = cdiv(d, BLOCK)
-    splits = splits_bf(len(rows), across)
+    splits = splits_of(len(rows), across)
     parts = g.new_empty(splits, d, dtype=torch.float32)
     launch(
         _gate_backward, (across, splits),
@@ -55,7 +55,7 @@ def turn_backward(dy: Tensor, z: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, 
     """(dz, dc, ds)."""
     rows, dz, (n, two, h) = as_rows(z), empty(z), c.shape
     across = cdiv(n * h, BLOCK)
-    splits = splits_bf(len(rows), across)
+    splits = splits_of(len(rows), across)
     parts = c.new_empty(splits, 2, n, two, h, dtype=torch.float32)
     launch(
         _turn_backward, (across, splits),
@@ -75,7 +75,7 @@ def empty(z: Tensor) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-def splits_bf(T: int, across: int) -> int:
+def splits_of(T: int, across: int) -> int:
     """Into how many parts the tokens are divided."""
     return max(1, min(cdiv(T, 4 * BLOCK_T), cdiv(PROGRAMS, across)))
 
