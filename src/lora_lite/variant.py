@@ -422,7 +422,8 @@ def _mistyped(value: Any, hint: Any) -> str | None:
         if type(value) is kind:
             return None
     if words:
-        ask = nearest(value, words) if isinstance(value, str) else ""
+        alike = isinstance(value, str) and all(isinstance(word, str) for word in words)
+        ask = nearest(value, words) if alike else ""
         return f"must be one of {', '.join(map(repr, words))}" + (f"; {ask}" if ask else "")
     return f"must be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}"
 

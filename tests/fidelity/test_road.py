@@ -238,6 +238,7 @@ def test_the_maps_can_be_differentiated_twice(rows):
     "hyper, message",
     [
         (dict(form=3), "road: form=3 must be one of 1, 2, 4"),
+        (dict(form="road_1"), "road: form=.road_1. must be one of 1, 2, 4"),
         (dict(group_size=5), "road: group_size=5 must be even and positive"),
         (dict(group_size=0), "road: group_size=0 must be even and positive"),
         (dict(group_size=-2), "road: group_size=-2 must be even and positive"),
