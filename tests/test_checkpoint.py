@@ -160,7 +160,7 @@ class Tower(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(768, 768) for _ in range(4))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024) for _ in range(4))
 
     def forward(self, x):
         for layer in self.layers:
@@ -171,7 +171,7 @@ class Tower(torch.nn.Module):
 @pytest.mark.parametrize("variant", LINEAR)
 def test_a_file_is_little_more_than_what_trains_and_what_nothing_makes_again(variant, tmp_path):
     model, configured = Tower(), configure(variant)
-    batches = calibration_for(configured, [torch.randn(64, 768)])
+    batches = calibration_for(configured, [torch.randn(64, 1024)])
     chart = ll.attach(model, configured, calibration=batches)
     ll.save(model, tmp_path / "a.safetensors")
     needed = sum(
