@@ -167,6 +167,21 @@ def test_rotation_tables(monkeypatch, d, S, by_cayley, bound):
     twins(monkeypatch, tables, [theta], 2e-6)
 
 
+@pytest.mark.parametrize("T, d, S", [(70, 63, 9), (33, 300, 40), (1, 5, 2)])
+def test_pairs_applied(monkeypatch, T, d, S):
+    pairs = givens.random_pairs(d, S, S, torch.Generator().manual_seed(1)).to(DEVICE)
+    assert givens.has_kernel(random(T, d, dtype=HALF))
+
+    def turn(x, blocks):
+        return givens.apply_pairs(x, *givens.pair_tables(pairs, blocks, rest=1.0, d=d))
+
+    twins(monkeypatch, turn, [random(T, d, dtype=HALF), random(S, 2, 2)], ROUNDING[HALF])
+    strided = random(d, T, dtype=HALF).T
+    blocks = random(S, 2, 2)
+    agree(turn(strided, blocks), plain(monkeypatch, turn, strided, blocks), ROUNDING[HALF])
+    assert turn(strided[:0], blocks).shape == (0, d)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("n", [5, 63, 1023])
 def test_row_energy(monkeypatch, n, temperature):

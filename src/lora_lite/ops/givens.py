@@ -64,8 +64,11 @@ def apply_pairs(
     s: Float[Tensor, " d"],
     p: Int64[Tensor, " d"],
 ) -> Float[Tensor, "*batch d"]:
-    """T x by its tables, in x's dtype. Keeps x alone for backward."""
-    return _ApplyPairs.apply(x, c.to(x.dtype), s.to(x.dtype), p)
+    """T x by its tables, in x's dtype. Keeps x alone for backward.
+
+    On CUDA one pass over x, and one backward.
+    """
+    return _ApplyPairs.apply(x, c, s, p)
 
 
 class _RotationTables(torch.autograd.Function):
@@ -96,17 +99,38 @@ class _RotationTables(torch.autograd.Function):
         return dtheta, None, None, None, None, None
 
 
+def has_kernel(x: Tensor) -> bool:
+    """Whether the kernels serve x; the compiler fuses the plain form by itself. Tables of a
+    coordinate without a partner have s_i = 0 there."""
+    return kernels_serve(x) and x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0
+
+
 class _ApplyPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Tensor:
+        if has_kernel(x):
+            from lora_lite.ops import givens_kernels
+
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            ctx.save_for_backward(rows, c, s, p)
+            return givens_kernels.apply_pairs(rows, c, s, p).view(x.shape)
         ctx.save_for_backward(x, c, s, p)
+        c, s = c.to(x.dtype), s.to(x.dtype)
         return c * x + s * x[..., p]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, c, s, p = ctx.saved_tensors
+        if has_kernel(x):
+            from lora_lite.ops import givens_kernels
+
+            rows = g.reshape(x.shape).contiguous()
+            dx, dc, ds = givens_kernels.apply_pairs_backward(rows, x, c, s, p)
+            return dx.view(g.shape), dc, ds, None
+        own_c, own_s = c.to(x.dtype), s.to(x.dtype)
         # p is its own inverse.
-        dx = c * g + (s * g)[..., p] if ctx.needs_input_grad[0] else None
+        dx = own_c * g + (own_s * g)[..., p] if ctx.needs_input_grad[0] else None
         dc = _over_tokens(g * x, c) if ctx.needs_input_grad[1] else None
         ds = _over_tokens(g * x[..., p], s) if ctx.needs_input_grad[2] else None
         return dx, dc, ds, None

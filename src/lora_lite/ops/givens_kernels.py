@@ -1,5 +1,5 @@
 """Triton kernels of `givens`: the tables of a side's rotations, and what their gradients give back
-to the angles, in one launch each."""
+to the angles, in one launch each; the tables applied in one pass, and one backward."""
 
 import torch
 import triton
@@ -10,6 +10,7 @@ from triton.language.extra import libdevice
 from lora_lite.ops.launch import cdiv, launch, power_of_2
 
 BLOCK, SLOTS = 32, 64
+ROWS, COLUMNS, PROGRAMS = 16, 128, 528
 
 
 def tables(
@@ -42,6 +43,70 @@ def tables_backward(
         cayley, max_angle > 0, block,
     )  # fmt: skip
     return dtheta
+
+
+def apply_pairs(x: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Tensor:
+    (T, d), y = x.shape, torch.empty_like(x)
+    launch(_apply, (cdiv(d, COLUMNS), cdiv(T, ROWS)), x, c, s, p, y, T, d, ROWS, COLUMNS)
+    return y
+
+
+def apply_pairs_backward(
+    g: Tensor, x: Tensor, c: Tensor, s: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dc, ds)."""
+    (T, d), dx = x.shape, torch.empty_like(x)
+    columns = cdiv(d, COLUMNS)
+    splits = max(1, min(cdiv(T, 4 * ROWS), cdiv(PROGRAMS, columns)))
+    parts = c.new_empty(splits, 2, d, dtype=torch.float32)
+    launch(
+        _apply_backward, (columns, splits),
+        g, x, c, s, p, dx, parts, T, d, cdiv(T, splits), ROWS // 2, COLUMNS,
+    )  # fmt: skip
+    dc, ds = parts.sum(0).to(c.dtype)
+    return dx, dc, ds
+
+
+@triton.jit
+def _apply(x, c, s, p, y, T, d, block_t: tl.constexpr, block: tl.constexpr):
+    i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
+    t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
+    inside = (t < T) & (i < d)
+    partner = tl.load(p + i, mask=i < d, other=0)
+    own = tl.load(x + t * d + i, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(x + t * d + partner, mask=inside & (partner != i), other=0.0).to(tl.float32)
+    out = tl.load(c + i, mask=i < d, other=0.0).to(tl.float32) * own
+    out += tl.load(s + i, mask=i < d, other=0.0).to(tl.float32) * other
+    tl.store(y + t * d + i, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _apply_backward(
+    g, x, c, s, p, dx, parts, T, d, tokens, block_t: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
+    split = tl.program_id(1).to(tl.int64)
+    begin = split * tokens
+    end = tl.minimum(begin + tokens, T)
+    partner = tl.load(p + i, mask=i < d, other=0)
+    own_c = tl.load(c + i, mask=i < d, other=0.0).to(tl.float32)
+    # (Tᵀ g)_i = c_i g_i + s_{p_i} g_{p_i}: p is its own inverse.
+    other_s = tl.load(s + partner, mask=(i < d) & (partner != i), other=0.0).to(tl.float32)
+    sum_c = tl.zeros((block_t, block), tl.float32)
+    sum_s = tl.zeros((block_t, block), tl.float32)
+    for first in range(begin, end, block_t):
+        t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
+        inside = (t < end) & (i < d)
+        there = inside & (partner != i)
+        grad = tl.load(g + t * d + i, mask=inside, other=0.0).to(tl.float32)
+        sum_c += grad * tl.load(x + t * d + i, mask=inside, other=0.0).to(tl.float32)
+        sum_s += grad * tl.load(x + t * d + partner, mask=there, other=0.0).to(tl.float32)
+        out = own_c * grad
+        out += other_s * tl.load(g + t * d + partner, mask=there, other=0.0).to(tl.float32)
+        tl.store(dx + t * d + i, out.to(dx.dtype.element_ty), mask=inside)
+    to = parts + split * 2 * d + i
+    tl.store(to, tl.sum(sum_c, 0)[None, :], mask=i < d)
+    tl.store(to + d, tl.sum(sum_s, 0)[None, :], mask=i < d)
 
 
 @triton.jit
