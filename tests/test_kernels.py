@@ -90,6 +90,7 @@ def test_skinny_products(monkeypatch, T, n, r, wide_factors):
         (skinny.down, (g, A, 0.5)),
         (skinny.up, (h, B, b)),
         (skinny.up, (h, A.T, None)),
+        (skinny.up, (h, B, out)),
         (lambda g, h: skinny.outer(g, h, torch.float32), (g, h)),
         (skinny.down_and_outer, (g, B, h, 2.0)),
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, False)),
@@ -113,6 +114,9 @@ def test_skinny_products_take_strided_rows(monkeypatch):
     for strided in (x, y):
         assert not strided.is_contiguous()
         agree(skinny.down(strided, A), plain(monkeypatch, skinny.down, strided, A), ROUNDING[HALF])
+        h = random(300, 8, dtype=HALF)
+        want = plain(monkeypatch, skinny.up, h, A.T, strided)
+        agree(skinny.up(h, A.T, strided), want, ROUNDING[HALF])
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])

@@ -27,9 +27,11 @@ def down(
 
 
 def up(
-    h: Float[Tensor, "T r"], B: Float[Tensor, "n r"], b: Float[Tensor, " n"] | None = None
+    h: Float[Tensor, "T r"],
+    B: Float[Tensor, "n r"],
+    b: Float[Tensor, " n"] | Float[Tensor, "T n"] | None = None,
 ) -> Float[Tensor, "T n"]:
-    """h Bᵀ + b."""
+    """h Bᵀ + b, b one row for all tokens or a row for each."""
     if has_kernel(h, h.shape[1]):
         from lora_lite.ops import skinny_kernels
 

@@ -24,13 +24,14 @@ def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
 
 def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     h = h.contiguous()
-    (T, r), n = h.shape, len(B)
+    (T, r), n, axes = h.shape, len(B), 0 if b is None else b.ndim
+    b = h if b is None else rows_together(b)
     y = h.new_empty(T, n)
     block_t, block_n = 64, 128
     launch(
         _up, (cdiv(T, block_t), cdiv(n, block_n)),
-        h, B, h if b is None else b, y, T, n, r, *B.stride(),
-        b is not None, block_t, block_n, block_rows(r),
+        h, B, b, y, T, n, r, *B.stride(), b.stride(0),
+        axes, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y
 
@@ -176,8 +177,8 @@ def _down(
 
 @triton.jit
 def _up(
-    h, B, b, y, T, n, r, B_row, B_column,
-    biased: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    h, B, b, y, T, n, r, B_row, B_column, b_row,
+    axes: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
     i = tl.program_id(1) * block_n + tl.arange(0, block_n)
@@ -186,9 +187,11 @@ def _up(
     at = B + i[None, :] * B_row + q[:, None] * B_column
     B_tile = tl.load(at, mask=(i < n) & (q[:, None] < r), other=0.0)
     out = tl.dot(h_tile, B_tile.to(h_tile.dtype))
-    if biased:
-        out += tl.load(b + i, mask=i < n, other=0.0).to(tl.float32)
     inside = (t[:, None] < T) & (i < n)
+    if axes == 1:
+        out += tl.load(b + i, mask=i < n, other=0.0).to(tl.float32)
+    if axes == 2:
+        out += tl.load(b + t[:, None] * b_row + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + t[:, None] * n + i, out.to(y.dtype.element_ty), mask=inside)
 
 
