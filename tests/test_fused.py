@@ -6,6 +6,8 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.ops import launch
+from lora_lite.ops.low_rank import turn_low_rank
+from lora_lite.ops.reflections import reflections
 from lora_lite.testing import close, move
 
 pytest.importorskip("triton")
@@ -21,6 +23,8 @@ METHODS = [
     ("antipasto_rot", dict(r=16, rotate_basis="both")),
     ("oft", dict(block_size=8)),
     ("oft", dict(block_size=8, exact=True, block_share=True)),
+    ("hra", dict(r=5, paired=False)),
+    ("hra", dict(r=4, strict=True)),
     ("jora", dict(J)),
     ("jora", dict(J, magnitude="none")),
     ("jora", dict(J, magnitude="ecd_tanh", magnitude_on="delta")),
@@ -139,6 +143,22 @@ def test_what_is_not_plain_is_not_taken_apart(monkeypatch, variant, hyperparamet
     ll.attach(other, variant, **hyperparameters)
     assert node not in nodes(other(x))
     close(other(x), 2 * nn.functional.linear(x, other.weight, other.bias), 1e-6, "the output")
+
+
+def test_a_turned_input_needs_no_plain_layer(monkeypatch):
+    """It is added up before the layer, whatever that does; a fresh one is still x to the bit."""
+    layer = nn.Linear(24, 40, device=DEVICE)
+    ll.attach(layer, "lora")
+    move(layer)
+    x = torch.randn(300, 24, device=DEVICE)
+    want = layer(x)
+    ll.attach(layer, "hra", name="above")
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    y = layer(x)
+    assert "_TurnLowRankBackward" in nodes(y)
+    close(y, want, 1e-6, "the output of a fresh turn")
+    U = layer.adapters["above"].U
+    assert torch.equal(turn_low_rank(x, *reflections(U / U.norm(dim=0))), x)
 
 
 def test_a_layer_beneath_another_adapter_runs_it(monkeypatch):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
 
@@ -153,3 +154,27 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 def rank(matrix: Tensor) -> int:
     return int(torch.linalg.matrix_rank(matrix.detach(), rtol=1e-10))
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, Tensor) and not op.is_view:
+                self.entries = max(self.entries, made.numel())
+        return out
+
+
+def largest_in_a_step(variant: str | type[ll.Variant], d: int, **hyper: Any) -> int:
+    """The entries of the largest tensor that a step on a d × d layer with 4 tokens makes."""
+    model = adapted(variant, d, d, **hyper)
+    x = inputs(d, batch=(4,)).requires_grad_()
+    with Largest() as largest:
+        (model(x).square().sum() + ll.regulariser(model)).backward()
+    return largest.entries

@@ -177,3 +177,11 @@ def road(variant: Any, sites: list[str]) -> Twin:
         copy(theirs.road_alpha[ADAPTER], ours["alpha"])
 
     return Twin(config, load)
+
+
+@of("hra")
+def hra(variant: Any, sites: list[str]) -> Twin:
+    import peft
+
+    config = peft.HRAConfig(r=variant.r, apply_GS=variant.strict, target_modules=sites)
+    return Twin(config, lambda theirs, ours: copy(theirs.hra_u[ADAPTER], ours["U"]))

@@ -64,6 +64,18 @@ def add_low_rank(
     return _AddLowRank.apply(x, W.weight, W.bias, A, B, core)
 
 
+def turn_low_rank(
+    x: Float[Tensor, "*batch d"], A: Float[Tensor, "r d"], B: Float[Tensor, "d r"]
+) -> Float[Tensor, "*batch d"]:
+    """x + B A x: what is small in B A stays exact beside the identity.
+
+    On CUDA the result and x's gradient are each written once, and x and A x are kept.
+    """
+    if accumulates_in(x):
+        return _TurnLowRank.apply(x, A, B)
+    return x + low_rank(x, A, B)
+
+
 def scaled_add_low_rank(
     W: LinearBase,
     x: Float[Tensor, "*batch d_in"],
@@ -103,13 +115,18 @@ def scaled(
 
 
 def accumulates(W: LinearBase, x: Tensor) -> bool:
-    """Whether W's product may be taken apart: a plain layer, where kernels serve, in bfloat16.
+    """Whether W's product may be taken apart: a plain layer, where kernels serve, in bfloat16."""
+    return accumulates_in(x) and W.is_plain(x)
+
+
+def accumulates_in(x: Tensor) -> bool:
+    """Whether sums may be taken in another order: where kernels serve, in bfloat16.
 
     In float16 the plain form guards against overflow, and in float32 it leaves a fresh adapter's
     output as it is to the last bit, whatever order of sums the library takes for the other.
     """
     dtypes = (torch.bfloat16, torch.float32) if launch.INTERPRETED else (torch.bfloat16,)
-    return kernels_serve(x) and x.dtype in dtypes and W.is_plain(x)
+    return kernels_serve(x) and x.dtype in dtypes
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -157,6 +174,24 @@ class _AddCore(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = up(dh @ M, A.T).addmm_(dy, W).view(shape)
         return dx, None, None, None, None, (dh.T @ p).to(ctx.dtype)
+
+
+class _TurnLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = down(rows, A)
+        ctx.save_for_backward(rows, A, B, h)
+        return up(h, B, rows).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, h = ctx.saved_tensors
+        shape, dy = dy.shape, dy.reshape(-1, len(B))
+        dh, dB = down_and_outer(dy, B, h)
+        dx = up(dh, A.T, dy).view(shape) if ctx.needs_input_grad[0] else None
+        return dx, outer(x, dh, A.dtype).T, dB
 
 
 class _ScaledAddLowRank(torch.autograd.Function):

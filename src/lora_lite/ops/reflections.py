@@ -1,0 +1,26 @@
+"""Products of reflections, as what they differ from the identity by."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def reflections(u: Float[Tensor, "d r"]) -> tuple[Float[Tensor, "q d"], Float[Tensor, "d q"]]:
+    """(A, B) with I + B A = H_0 H_1 ⋯ H_{r−1}, H_i = I − 2 u_i u_iᵀ, for columns of length 1;
+    q is r, or r + 1 where that is even.
+
+    As I − 2 Z T⁻¹ Yᵀ, T unit upper triangular: r² d products and no chain of r steps. Columns go
+    in pairs (u, v). With d = v − u, and u·v = 1 − ½ ‖d‖²,
+    H_u H_v = I + 2 u dᵀ − 2 d vᵀ − 2 ‖d‖² u vᵀ: equal columns give I exactly, and what nearly
+    equal ones differ from it by keeps its digits.
+    """
+    if u.shape[1] % 2:
+        # No reflection at all is the partner of the odd one.
+        u = torch.cat([u[:, :-1], torch.zeros_like(u[:, :1]), u[:, -1:]], 1)
+    u, v = u.unflatten(1, (-1, 2)).unbind(-1)
+    d = v - u
+    Y, Z = (torch.stack(columns, -1).flatten(1) for columns in ((-d, v), (u, d)))
+    pair = torch.arange(Z.shape[1], device=Z.device) // 2
+    # Its diagonal is read as 1, and nothing below is read.
+    T = Y.T @ Z * (1 + (pair[:, None] < pair))
+    return torch.linalg.solve_triangular(T, Y.T, upper=True, unitriangular=True), -2 * Z
