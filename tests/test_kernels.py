@@ -137,6 +137,20 @@ def test_block_rows(monkeypatch, T, n, b, dtype):
     assert used
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(
+    "n, b, level", [(4, 4, 1), (8, 2, 3), (6, 6, 1), (16, 8, 2), (4, 64, 1), (8, 32, 2), (96, 2, 5)]
+)
+def test_butterflies(monkeypatch, n, b, level, dtype):
+    if dtype == torch.float32:
+        monkeypatch.setattr(blocks, "has_kernel", lambda x, b: launch.kernels_serve(x))
+        if CUDA:
+            pytest.skip("float32 takes the plain form there")
+    x, R = random(70, n * b, dtype=dtype), random(n, b, b, dtype=dtype, scale=0.1)
+    butterfly = lambda x, R: blocks.add_butterfly_rows(x, R, level)
+    twins(monkeypatch, butterfly, [x, R], ROUNDING[dtype])
+
+
 def test_one_block_serves_all(monkeypatch):
     x, R = random(40, 24, dtype=HALF), random(1, 8, 8, dtype=HALF, scale=0.1)
     twins(monkeypatch, blocks.add_block_rows, [x, R], ROUNDING[HALF])

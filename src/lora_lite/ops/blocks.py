@@ -38,10 +38,33 @@ def add_block_rows(
     x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"]
 ) -> Float[Tensor, "*batch d"]:
     """x + x blockdiag(R_1, …, R_n): what is small in R stays exact beside the identity."""
-    n = x.shape[-1] // R.shape[-1]
+    return add_butterfly_rows(x, R, 0)
+
+
+def add_butterfly_rows(
+    x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"], level: int
+) -> Float[Tensor, "*batch d"]:
+    """x + x Π blockdiag(R_1, …, R_n) Πᵀ: blocks whose halves lie 2^level halves apart in x.
+
+    On CUDA the kernel reads and writes them where they lie.
+    """
+    n, apart, half = x.shape[-1] // R.shape[-1], 2**level, R.shape[-1] // 2
     if has_kernel(x, R.shape[-1]):
-        return _AddBlockRows.apply(x, R.expand(n, -1, -1))
-    return x + block_rows(x, R)
+        return _AddBlockRows.apply(x, R.expand(n, -1, -1), apart)
+    if level == 0:
+        return x + block_rows(x, R)
+    z = x.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
+    z = block_rows(z, R).unflatten(-1, (-1, apart, 2, half))
+    return x + z.transpose(-3, -2).flatten(-4)
+
+
+def drop_blocks(R: Float[Tensor, "m n b b"], p: float) -> Float[Tensor, "m n b b"]:
+    """R with ⌊p n⌋ blocks, drawn at random, of one of its m rows, drawn at random, zero."""
+    m, n, *_ = R.shape
+    row = torch.randint(m, (1,), device=R.device)
+    blocks = torch.randperm(n, device=R.device)[: int(p * n)]
+    keep = R.new_ones(m, n).index_put((row, blocks), R.new_zeros(()))
+    return R * keep[..., None, None]
 
 
 def has_kernel(x: Tensor, b: int) -> bool:
@@ -52,19 +75,20 @@ def has_kernel(x: Tensor, b: int) -> bool:
 
 class _AddBlockRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, apart: int) -> Tensor:
         from lora_lite.ops import blocks_kernels
 
         rows, R = x.reshape(-1, x.shape[-1]).contiguous(), R.contiguous()
         ctx.save_for_backward(rows, R)
-        return blocks_kernels.add_block_rows(rows, R).view(x.shape)
+        ctx.apart = apart
+        return blocks_kernels.add_block_rows(rows, R, apart).view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         from lora_lite.ops import blocks_kernels
 
         x, R = ctx.saved_tensors
         rows = dy.reshape(x.shape).contiguous()
-        dx, dR = blocks_kernels.add_block_rows_backward(rows, x, R)
-        return dx.view(dy.shape), dR
+        dx, dR = blocks_kernels.add_block_rows_backward(rows, x, R, ctx.apart)
+        return dx.view(dy.shape), dR, None

@@ -10,7 +10,7 @@ from lora_lite.ops.launch import cdiv, launch, power_of_2
 PROGRAMS = 264
 
 
-def add_block_rows(x: Tensor, R: Tensor) -> Tensor:
+def add_block_rows(x: Tensor, R: Tensor, apart: int) -> Tensor:
     (T, d), b = x.shape, R.shape[-1]
     y = torch.empty_like(x)
     wide, width = tile(b)
@@ -18,12 +18,12 @@ def add_block_rows(x: Tensor, R: Tensor) -> Tensor:
     launch(
         _rows, (cdiv(d, width), cdiv(T, block_t)),
         x, R, y, T, d,
-        b, width, wide, block_t,
+        b, apart, width, wide, block_t,
     )  # fmt: skip
     return y
 
 
-def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor, apart: int) -> tuple[Tensor, Tensor]:
     (T, d), (n, b, _) = x.shape, R.shape
     dx = torch.empty_like(x)
     wide, width = tile(b)
@@ -35,7 +35,7 @@ def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor) -> tuple[Tensor, T
     launch(
         _rows_backward, (groups, splits),
         dy, x, R, dx, dR, T, d, n, tokens,
-        b, width, wide, block_t,
+        b, apart, width, wide, block_t,
     )  # fmt: skip
     return dx, dR.sum(0).to(R.dtype)
 
@@ -56,15 +56,26 @@ def _block_tile(R, first, d, b: tl.constexpr, width: tl.constexpr, wide: tl.cons
 
 
 @triton.jit
+def _column(j, b: tl.constexpr, apart: tl.constexpr):
+    """Where x has column j of the blocks, whose two halves are `apart` halves from one another."""
+    at = j
+    if apart > 1:
+        block, second = j // b, j % b // (b // 2)
+        at = ((block // apart * 2 + second) * apart + block % apart) * (b // 2) + j % (b // 2)
+    return at
+
+
+@triton.jit
 def _rows(
     x, R, y, T, d,
-    b: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
+    b: tl.constexpr, apart: tl.constexpr,
+    width: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * width
     t = tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t)
     k = tl.arange(0, wide)
     inside = (t[:, None] < T) & (k < width) & (first + k < d)
-    at = t[:, None] * d + first + k
+    at = t[:, None] * d + _column(first + k, b, apart)
     x_tile = tl.load(x + at, mask=inside, other=0.0)
     total = tl.dot(x_tile, _block_tile(R, first, d, b, width, wide)) + x_tile.to(tl.float32)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
@@ -73,7 +84,8 @@ def _rows(
 @triton.jit
 def _rows_backward(
     dy, x, R, dx, dR, T, d, n, tokens,
-    b: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
+    b: tl.constexpr, apart: tl.constexpr,
+    width: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first, split = tl.program_id(0) * width, tl.program_id(1).to(tl.int64)
     k = tl.arange(0, wide)
@@ -83,7 +95,7 @@ def _rows_backward(
     for start in range(begin, tl.minimum(begin + tokens, T), block_t):
         t = start + tl.arange(0, block_t)
         inside = (t[:, None] < T) & (k < width) & (first + k < d)
-        at = t[:, None] * d + first + k
+        at = t[:, None] * d + _column(first + k, b, apart)
         x_tile = tl.load(x + at, mask=inside, other=0.0)
         dy_tile = tl.load(dy + at, mask=inside, other=0.0)
         total = tl.dot(tl.trans(x_tile), dy_tile, total)
