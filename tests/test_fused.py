@@ -23,6 +23,7 @@ METHODS = [
     ("antipasto_rot", dict(r=16, rotate_basis="both")),
     ("oft", dict(block_size=8)),
     ("oft", dict(block_size=8, exact=True, block_share=True)),
+    ("boft", dict(block_size=4, m=2)),
     ("hra", dict(r=5, paired=False)),
     ("hra", dict(r=4, strict=True)),
     ("jora", dict(J)),

@@ -97,13 +97,17 @@ def test_a_method_without_a_twin_has_no_columns_of_pefts(work):
 def test_every_twin_agrees(name, shape):
     if name not in ll.variants():
         pytest.skip("not registered")
-    work = llama(shape, "cpu")
+    work, compared = llama(shape, "cpu"), 0
     for setting in cost.SETTINGS.get(name, ({},)):
         sides, _, missing = cost.sides_of(case(name, **setting), work, True)
+        if set(missing.values()) == {"PEFT has no such method"}:
+            continue
+        compared += 1
         assert "peft_default" in [side.name for side in sides], missing
         for side in sides[1:]:
             dtypes = {p.dtype for p in side.trained}
             assert dtypes == {torch.float32 if side.name == "peft_default" else work.dtype}
+    assert compared
 
 
 @pytest.mark.parametrize("wrong", ["A", "B"])

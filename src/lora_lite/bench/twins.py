@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lite.ops.cayley import skew
 from lora_lite.variant import Variant
 
 ADAPTER = "default"
@@ -185,3 +186,25 @@ def hra(variant: Any, sites: list[str]) -> Twin:
 
     config = peft.HRAConfig(r=variant.r, apply_GS=variant.strict, target_modules=sites)
     return Twin(config, lambda theirs, ours: copy(theirs.hra_u[ADAPTER], ours["U"]))
+
+
+@of("boft")
+def boft(variant: Any, sites: list[str]) -> Twin | None:
+    """With more than one level PEFT wants a CUDA extension, and trains one level without it."""
+    import peft
+
+    if variant.m > 1:
+        return None
+    config = peft.BOFTConfig(
+        boft_block_size=0 if variant.n_blocks else variant.block_size or 4,
+        boft_block_num=variant.n_blocks or 0,
+        boft_dropout=variant.dropout,
+        target_modules=sites,
+    )
+
+    def load(theirs: Any, ours: Mapping[str, Tensor]) -> None:
+        P = theirs.boft_R[ADAPTER]
+        copy(P, skew(ours["q"].detach(), P.shape[-1]))
+        copy(theirs.boft_s[ADAPTER], ours["s"][:, None])
+
+    return Twin(config, load)

@@ -1,0 +1,76 @@
+"""BOFT."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite.base import LinearBase
+from lora_lite.ops.blocks import add_butterfly_rows, drop_blocks
+from lora_lite.ops.cayley import cayley
+from lora_lite.ops.low_rank import scaled
+from lora_lite.variant import ParamSpec, Variant, ones, zeros
+
+
+class BOFT(Variant):
+    """Rotate the input by a butterfly: y = s ⊙ W (Rᵀ x) + b, W' = diag(s) W Rᵀ, R = B_{m−1} ⋯ B_0.
+
+    Liu et al. 2023, arXiv:2311.06243, §4 eqs. 1–2 and BOFT(m, b) after them; s: Qiu et al. 2023,
+    arXiv:2306.07280, §3.5. B_i holds blocks C = (I − S)(I + S)⁻¹ between halves of blocks that are
+    2^i halves apart, so that every input reaches every other with m = 1 + log₂(d_in/block_size).
+
+    Start: the identity bit for bit (S = 0, s = 1).
+    Shapes: q (m, n, b(b−1)/2), the strict upper triangle of each S in row-major order, s (d_out,);
+    n = d_in/b; m·d_in·(b−1)/2 + d_out parameters.
+    Differs: 1. s, which the authors' code always has; the bias is not scaled. 2. The sign of S is
+    the code's, the paper's being (I + S)(I − S)⁻¹. 3. dropout takes the blocks of one level drawn
+    at random, as the code, where the paper picks levels too by a rate.
+    """
+
+    block_size: int | None = None
+    n_blocks: int | None = None
+    m: int = 1
+    dropout: float = 0.0
+
+    q: Float[Tensor, "m n b*(b-1)//2"] = ParamSpec(zeros)
+    s: Float[Tensor, "d_out"] = ParamSpec(ones, decay=False)
+
+    def validate(self) -> None:
+        if self.block_size is not None and self.n_blocks is not None:
+            raise ValueError("block_size and n_blocks say the same thing; give one of them")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} must be ≥ 2: smaller rotates nothing")
+        if self.n_blocks is not None and self.n_blocks < 1:
+            raise ValueError(f"n_blocks={self.n_blocks} must be ≥ 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+
+    def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
+        b = d_in // self.n_blocks if self.n_blocks else self.block_size or 4
+        return dict(b=b, n=d_in // b)
+
+    def check(self, d_in: int, d_out: int) -> None:
+        span, step = 2 ** (self.m - 1), 1 if self.m == 1 else 2
+        fit = [b for b in range(2, d_in + 1, step) if d_in % (b * span) == 0]
+        key, asked = "block_size", self.block_size or 4
+        if self.n_blocks:
+            key, asked, fit = "n_blocks", self.n_blocks, [d_in // b for b in reversed(fit)]
+        if asked not in fit:
+            need = f", which takes {span} even blocks or a multiple," if self.m > 1 else ""
+            use = f"use {key} {', '.join(map(str, fit[:8]))}" if fit else "lower m"
+            raise ValueError(
+                f"has in_features={d_in}, and {key}={asked} with m={self.m}{need} does not "
+                f"divide it; {use}"
+            )
+
+    def prepare(self, W: LinearBase, q: Tensor, s: Tensor) -> dict[str, Tensor]:
+        b = self.sizes(W.d_in, W.d_out)["b"]
+        C_1 = cayley(-q.flatten(0, 1), b).unflatten(0, q.shape[:2])
+        if self.dropout and W.training:
+            C_1 = drop_blocks(C_1, self.dropout)
+        return dict(C_1=C_1, s_1=s - 1)
+
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, C_1: Tensor, s_1: Tensor
+    ) -> Float[Tensor, "*batch d_out"]:
+        for i in reversed(range(self.m)):
+            x = add_butterfly_rows(x, C_1[i], i)
+        return scaled(W, W(x), None, s_1)
