@@ -7,7 +7,7 @@ from torch import Tensor
 from lora_lite.base import LinearBase, at_least_float32
 from lora_lite.ops.low_rank import turn_low_rank
 from lora_lite.ops.reflections import reflections
-from lora_lite.variant import ParamSpec, Stats, Variant, kaiming_uniform
+from lora_lite.variant import ParamSpec, Stats, Variant, kaiming_uniform, whole
 
 
 class HRA(Variant):
@@ -71,7 +71,7 @@ class HRA(Variant):
         """λ ‖I − uᵀu‖_F², §3.4 eq. 6."""
         if not self.lambda_orth:
             return None
-        U = at_least_float32(U)
+        U = at_least_float32(whole(U))
         u = U / U.norm(dim=0)
         eye = torch.eye(self.r, dtype=u.dtype, device=u.device)
         return self.lambda_orth * (eye - u.T @ u).square().sum()
