@@ -131,10 +131,11 @@ def test_block_rows(monkeypatch, T, n, b, dtype):
         used = []
         from lora_lite.ops import blocks_kernels
 
-        real = blocks_kernels.add_block_rows
-        patch.setattr(blocks_kernels, "add_block_rows", lambda *a: used.append(1) or real(*a))
-        twins(patch, blocks.add_block_rows, [x, R], ROUNDING[dtype])
-    assert used
+        real = blocks_kernels.block_rows
+        patch.setattr(blocks_kernels, "block_rows", lambda *a: used.append(1) or real(*a))
+        for f in (blocks.add_block_rows, blocks.block_rows, blocks.block_columns):
+            twins(patch, f, [x, R], ROUNDING[dtype])
+    assert len(used) == 3
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])

@@ -16,6 +16,8 @@ def block_rows(
     x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"]
 ) -> Float[Tensor, "*batch d"]:
     """x blockdiag(R_1, …, R_n), x in rows, d = n·b; a single block (n = 1) serves all."""
+    if has_kernel(x, R.shape[-1]):
+        return _BlockRows.apply(x, R.expand(x.shape[-1] // R.shape[-1], -1, -1), 1, False)
     blocks = x.unflatten(-1, (-1, R.shape[-1]))
     return torch.einsum("...nb,nbc->...nc", blocks, R).flatten(-2)
 
@@ -50,7 +52,7 @@ def add_butterfly_rows(
     """
     n, apart, half = x.shape[-1] // R.shape[-1], 2**level, R.shape[-1] // 2
     if has_kernel(x, R.shape[-1]):
-        return _AddBlockRows.apply(x, R.expand(n, -1, -1), apart)
+        return _BlockRows.apply(x, R.expand(n, -1, -1), apart, True)
     if level == 0:
         return x + block_rows(x, R)
     z = x.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
@@ -73,22 +75,22 @@ def has_kernel(x: Tensor, b: int) -> bool:
     return kernels_serve(x) and narrow and b <= MOST_COLUMNS and x.numel() > 0
 
 
-class _AddBlockRows(torch.autograd.Function):
+class _BlockRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, apart: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, apart: int, plus: bool) -> Tensor:
         from lora_lite.ops import blocks_kernels
 
         rows, R = x.reshape(-1, x.shape[-1]).contiguous(), R.contiguous()
         ctx.save_for_backward(rows, R)
-        ctx.apart = apart
-        return blocks_kernels.add_block_rows(rows, R, apart).view(x.shape)
+        ctx.how = apart, plus
+        return blocks_kernels.block_rows(rows, R, apart, plus).view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from lora_lite.ops import blocks_kernels
 
         x, R = ctx.saved_tensors
         rows = dy.reshape(x.shape).contiguous()
-        dx, dR = blocks_kernels.add_block_rows_backward(rows, x, R, ctx.apart)
-        return dx.view(dy.shape), dR, None
+        dx, dR = blocks_kernels.block_rows_backward(rows, x, R, *ctx.how)
+        return dx.view(dy.shape), dR, None, None

@@ -10,7 +10,8 @@ from lora_lite.ops.launch import cdiv, launch, power_of_2
 PROGRAMS = 264
 
 
-def add_block_rows(x: Tensor, R: Tensor, apart: int) -> Tensor:
+def block_rows(x: Tensor, R: Tensor, apart: int, plus: bool) -> Tensor:
+    """x blockdiag(R), and x more with `plus`; a block's halves lie `apart` halves apart in x."""
     (T, d), b = x.shape, R.shape[-1]
     y = torch.empty_like(x)
     wide, width = tile(b)
@@ -18,12 +19,15 @@ def add_block_rows(x: Tensor, R: Tensor, apart: int) -> Tensor:
     launch(
         _rows, (cdiv(d, width), cdiv(T, block_t)),
         x, R, y, T, d,
-        b, apart, width, wide, block_t,
+        b, apart, plus, width, wide, block_t,
     )  # fmt: skip
     return y
 
 
-def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor, apart: int) -> tuple[Tensor, Tensor]:
+def block_rows_backward(
+    dy: Tensor, x: Tensor, R: Tensor, apart: int, plus: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dR)."""
     (T, d), (n, b, _) = x.shape, R.shape
     dx = torch.empty_like(x)
     wide, width = tile(b)
@@ -35,7 +39,7 @@ def add_block_rows_backward(dy: Tensor, x: Tensor, R: Tensor, apart: int) -> tup
     launch(
         _rows_backward, (groups, splits),
         dy, x, R, dx, dR, T, d, n, tokens,
-        b, apart, width, wide, block_t,
+        b, apart, plus, width, wide, block_t,
     )  # fmt: skip
     return dx, dR.sum(0).to(R.dtype)
 
@@ -68,7 +72,7 @@ def _column(j, b: tl.constexpr, apart: tl.constexpr):
 @triton.jit
 def _rows(
     x, R, y, T, d,
-    b: tl.constexpr, apart: tl.constexpr,
+    b: tl.constexpr, apart: tl.constexpr, plus: tl.constexpr,
     width: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * width
@@ -77,14 +81,16 @@ def _rows(
     inside = (t[:, None] < T) & (k < width) & (first + k < d)
     at = t[:, None] * d + _column(first + k, b, apart)
     x_tile = tl.load(x + at, mask=inside, other=0.0)
-    total = tl.dot(x_tile, _block_tile(R, first, d, b, width, wide)) + x_tile.to(tl.float32)
+    total = tl.dot(x_tile, _block_tile(R, first, d, b, width, wide))
+    if plus:
+        total += x_tile.to(tl.float32)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rows_backward(
     dy, x, R, dx, dR, T, d, n, tokens,
-    b: tl.constexpr, apart: tl.constexpr,
+    b: tl.constexpr, apart: tl.constexpr, plus: tl.constexpr,
     width: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first, split = tl.program_id(0) * width, tl.program_id(1).to(tl.int64)
@@ -99,7 +105,9 @@ def _rows_backward(
         x_tile = tl.load(x + at, mask=inside, other=0.0)
         dy_tile = tl.load(dy + at, mask=inside, other=0.0)
         total = tl.dot(tl.trans(x_tile), dy_tile, total)
-        out = tl.dot(dy_tile, Rt) + dy_tile.to(tl.float32)
+        out = tl.dot(dy_tile, Rt)
+        if plus:
+            out += dy_tile.to(tl.float32)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
     i, j = k[:, None], k[None, :]
     inside = (i // b == j // b) & (i < width) & (first + i < d)

@@ -36,10 +36,15 @@ def rotated(
     else:
         more = -q % b
         blocks = F.pad(C, (0, 0, 0, more)).unflatten(0, (-1, b))
-        z = block_columns(F.pad(u[..., :q], (0, more)), blocks)[..., :q]
-    z = F.pad(z, (0, n - q))
+        z = block_columns(padded(u[..., :q], more), blocks)[..., :q]
+    z = padded(z, n - q)
     z = apply_pairs(z, left[0], -left[1], left[2]) if left else z
     return 2 * z if half else z
+
+
+def padded(x: Float[Tensor, "*batch d"], more: int) -> Float[Tensor, "*batch wider"]:
+    """x with so many zeros after its coordinates; itself, and no copy, for none."""
+    return F.pad(x, (0, more)) if more else x
 
 
 def add_rotated(
