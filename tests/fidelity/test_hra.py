@@ -3,7 +3,6 @@
 import peft
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft_reference import assert_agree, both, scatter
 from reference import (
     TOLERANCE,
@@ -22,12 +21,9 @@ from reference import (
     updated_weight,
     with_and_without_bias,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import lora_lite as ll
 from lora_lite.ops.reflections import reflections
-from lora_lite.variant import whole
 
 LAWS = {
     "hra": [
@@ -263,30 +259,6 @@ def test_the_penalty_is_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = ll.regulariser(model)
     assert torch.equal(inside, ll.regulariser(model)) and inside.dtype == torch.float32
-
-
-def _penalise(rank, world, where):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{where}/{world}", rank=rank, world_size=world
-    )
-    model = torch.nn.Sequential(linear(24, 40))
-    ll.attach(model, "hra", r=5, paired=False, lambda_orth=0.3, seed=0, dtype=torch.float64)
-    if world > 1:
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    U = model[0].adapters["default"].U
-    loss = ll.regulariser(model)
-    loss.backward()
-    torch.save((loss.detach(), whole(U.grad)), f"{where}/{world}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_the_penalty_of_a_sharded_layer_is_the_same(tmp_path):
-    for world in (1, 2):
-        mp.start_processes(_penalise, (world, str(tmp_path)), nprocs=world, start_method="spawn")
-    alone, *others = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for other in others:
-        for got, want in zip(other, alone):
-            assert_close(got, want)
 
 
 @on_layers

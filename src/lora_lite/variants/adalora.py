@@ -146,7 +146,7 @@ class AdaLoRA(Variant):
 
     def regulariser(self, A: Tensor, B: Tensor, **others: Tensor) -> Tensor:
         """Eq. 4 as the authors' code has it."""
-        A, B = at_least_float32(A), at_least_float32(B)
+        A, B = (at_least_float32(whole(t)) for t in (A, B))
         eye = torch.eye(self.init_r, dtype=A.dtype, device=A.device)
         return self.orth_reg_weight * ((A @ A.T - eye).norm() + (B.T @ B - eye).norm()) / 2
 
