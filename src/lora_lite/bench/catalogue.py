@@ -145,9 +145,9 @@ def _facts(cls: type[Variant], root: Path) -> Iterator[str]:
     yield f"- Merges: {'no, ' + reason if reason else 'yes'}"
     if found := verdicts(cls, root):
         yield f"- [Review](reviews/{review(cls)}): {found}"
-    measured = measured_digits(root)
-    trained, target, source_ = accuracies(measured.get(cls.name))
-    yield f"- Digits: {trained} trained parameters, target {target} %, source {source_} %"
+    if row := measured_digits(root).get(cls.name):
+        trained, target, source_ = accuracies(row)
+        yield f"- Digits: {trained} trained parameters, target {target} %, source {source_} %"
     if cost := cost_of(cls, root):
         yield (
             f"- Step on {cost.device}, {cost.label}: {cost.over_floor():.2f} × frozen, "
