@@ -98,12 +98,12 @@ def scaled_add_low_rank(
 def scaled(
     W: LinearBase,
     z: Float[Tensor, "*batch d_out"],
-    Δ: Float[Tensor, "*batch d_out"] | None,
+    Δ: Float[Tensor, "*batch d_out"],
     s_1: Float[Tensor, " d_out"] | None,
     on_output: bool = True,
 ) -> Float[Tensor, "*batch d_out"]:
-    """s ⊙ (z − b + Δ) + b, or off the output z + s ⊙ Δ, for s = 1 + s_1, or 1; Δ may be none."""
-    y = z if Δ is None else z + Δ
+    """s ⊙ (z − b + Δ) + b, or off the output z + s ⊙ Δ, for s = 1 + s_1, or 1."""
+    y = z + Δ
     if s_1 is None:
         return y
     s_1 = s_1.to(y.dtype)

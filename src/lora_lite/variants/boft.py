@@ -6,7 +6,7 @@ from torch import Tensor
 from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import add_butterfly_rows, drop_blocks
 from lora_lite.ops.cayley import cayley
-from lora_lite.ops.low_rank import scaled
+from lora_lite.ops.gates import gate
 from lora_lite.variant import ParamSpec, Variant, ones, zeros
 
 
@@ -29,6 +29,8 @@ class BOFT(Variant):
     n_blocks: int | None = None
     m: int = 1
     dropout: float = 0.0
+
+    casts = False
 
     q: Float[Tensor, "m n b*(b-1)//2"] = ParamSpec(zeros)
     s: Float[Tensor, "d_out"] = ParamSpec(ones, decay=False)
@@ -66,11 +68,12 @@ class BOFT(Variant):
         C_1 = cayley(-q.flatten(0, 1), b).unflatten(0, q.shape[:2])
         if self.dropout and W.training:
             C_1 = drop_blocks(C_1, self.dropout)
-        return dict(C_1=C_1, s_1=s - 1)
+        return dict(C_1=C_1, s=s)
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, C_1: Tensor, s_1: Tensor
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, C_1: Tensor, s: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
         for i in reversed(range(self.m)):
-            x = add_butterfly_rows(x, C_1[i], i)
-        return scaled(W, W(x), None, s_1)
+            x = add_butterfly_rows(x, C_1[i].to(x.dtype), i)
+        y = gate(W(x), s)
+        return y if W.bias is None else y + ((1 - s) * W.bias).to(y.dtype)
