@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Row, read
+from lora_lite.bench.traffic import counted
 
 SIDES = ("ours", *PEFT_DTYPES)
 NAMES = {"ours": "lora-lite", "peft_default": "PEFT", "peft_same_dtype": "PEFT, bf16 adapter"}
@@ -14,6 +15,7 @@ COLOURS = {"ours": "#2458a6", "peft_default": "#d1495b", "peft_same_dtype": "#e9
 COLUMNS = (
     "method",
     "eager, × frozen",
+    "counted",
     "PEFT (bf16)",
     "compiled, × frozen",
     "PEFT (bf16)",
@@ -72,7 +74,9 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         "the input, none to weights), and peak memory above its; lowest in bold, whoever has it. "
         f"A {shape['layers']}-layer Llama of width {shape['width']:,}, {shape['tokens']:,} tokens, "
         f"{shape['dtype']}, all seven projections adapted; adapter tensors are float32, PEFT's in "
-        f"brackets in the base's dtype. Frozen: {ms}{peak}. Median of "
+        f"brackets in the base's dtype. Counted: the frozen step, and what the fused form must "
+        f"read, write and multiply at the rates of a large copy and a large product. Frozen: {ms}"
+        f"{peak}. Median of "
         f"{min(row.steps for row in measured)} or more steps after warm-up, all sides in one "
         "process, in alternating rounds, on the same weights and adapter tensors, with outputs "
         f"and gradients that agree. {device}, torch {versions['torch']}, PEFT {versions['peft']}. "
@@ -173,6 +177,8 @@ def _cells(label: str, pair: Pair) -> list[str]:
             for side, cell in ((s, _number(v, digits)) for s, v in values.items())
         }
         out.append(text["ours"])
+        if row is eager and quantity == "over_floor":
+            out.append(_number(eager and counted(eager), 2))
         peft = (values["peft_default"], values["peft_same_dtype"])
         out.append(
             NONE if peft == (None, None) else f"{text['peft_default']} ({text['peft_same_dtype']})"
