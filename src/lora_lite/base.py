@@ -339,10 +339,10 @@ class NormBase(Base):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        weight = getattr(layer, "weight", None)
+        weight = layer._parameters.get("weight")
         own = "norm" in type(layer).__name__.lower() and not len(_children(layer))
         by_channel = isinstance(layer, nn.GroupNorm | nn.modules.batchnorm._NormBase)
-        return own and not by_channel and isinstance(weight, Tensor) and weight.ndim == 1
+        return own and not by_channel and weight is not None and weight.ndim == 1
 
     @property
     def d_in(self) -> int:
@@ -355,7 +355,7 @@ class NormBase(Base):
 
     @property
     def weight(self) -> Float[Tensor, " d_in"]:
-        return self.layer.weight.detach()
+        return stationary(self.layer).weight.detach()
 
     @property
     def bias(self) -> Float[Tensor, " d_in"] | None:
@@ -377,7 +377,7 @@ class NormBase(Base):
         own = self.layer._parameters
         self.layer._parameters = {**own, **numbers}
         try:
-            return frozen_forward(self.layer)(x)
+            return frozen_forward(self.layer)(x, *self.args, **self.kwargs)
         finally:
             self.layer._parameters = own
 
@@ -432,7 +432,7 @@ class EmbeddingBase(Base):
 
     @property
     def weight(self) -> Float[Tensor, "d_in d_out"]:
-        return self.layer.weight.detach()
+        return stationary(self.layer).weight.detach()
 
     @property
     def scale(self) -> Tensor | float:
@@ -556,6 +556,16 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 def _offloaded(layer: nn.Module) -> bool:
     return hasattr(layer, "_hf_hook") and layer.weight.is_meta
+
+
+def stationary(layer: nn.Module) -> nn.Module:
+    """The layer. Raises: ValueError where accelerate keeps its weights elsewhere between calls."""
+    if _offloaded(layer):
+        raise ValueError(
+            "is offloaded between calls, and its numbers are wanted before each; keep it on a "
+            "device in the device map, or leave it out by `exclude`"
+        )
+    return layer
 
 
 def _on_hand(layer: nn.Module) -> Any:
