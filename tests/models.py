@@ -45,4 +45,31 @@ def gpt2():
     ).eval()
 
 
+def gemma(**config):
+    """A random Gemma of two layers: norms by 1 + weight, embeddings times √d, a tied head."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    return GemmaForCausalLM(GemmaConfig(**(sizes | config))).eval()
+
+
+def t5():
+    """A random T5, whose encoder, decoder and head have embeddings of one weight."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
 IDS = torch.arange(20).view(2, 10) % 64

@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     """One method at one layer: its tensors, and whether and how strongly it acts.
 
     site: the layer's name in the model that was adapted. fingerprint: of the layer's weights.
-    A head that is tied to an embedding carries the embedding's own adapter.
+    A layer that is tied to an embedding borrows the embedding's own adapter.
     """
 
     def __init__(
@@ -124,11 +124,13 @@ class Observed(torch.autograd.Function):
 class Adapted:
     """Mixed in front of a layer's own class: the layer stays itself and runs its adapters.
 
-    Those of its adapters that are on compose in the order attached, each seeing the one before as
-    its frozen layer.
+    Those of its adapters that are on compose in the order attached, which is that of `kinds`, each
+    seeing the one before as its frozen layer.
     """
 
     adapters: nn.ModuleDict
+    # Those of a layer whose weight it shares: no children, lest they be saved twice.
+    borrowed: dict[str, Adapter]
     kinds: dict[str, type[Base]]
     base_class: type[nn.Module]
     # A forward set on the instance (accelerate does so) would hide the class's.
@@ -146,9 +148,10 @@ class Adapted:
             args = (kwargs.pop(next(iter(kwargs))),)
         run = self.frozen
         if not self.merged:
-            for name, adapter in self.adapters.items():
+            for name, kind in self.kinds.items():
+                adapter = self.borrowed[name] if name in self.borrowed else self.adapters[name]
                 if adapter.enabled:
-                    run = functools.partial(_apply, adapter, self.kinds[name](self, run))
+                    run = functools.partial(_apply, adapter, kind(self, run))
         return run(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
@@ -177,24 +180,24 @@ def _rebuild(base_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def put(layer: nn.Module, name: str, adapter: Adapter) -> None:
-    """Add an adapter to a layer, adapting the layer first if it carries none."""
-    kind = base_kind(layer, adapter.variant.site)
+def put(layer: nn.Module, name: str, adapter: Adapter, tied: bool = False) -> None:
+    """Add an adapter, or a tied layer's, to a layer, adapting the layer first if it has none."""
+    kind = base_kind(layer, adapter.variant.site, targetable=not tied)
     if not isinstance(layer, Adapted):
         instance_forward = layer.__dict__.pop("forward", None)
         layer.__class__ = adapted_class(type(layer))
-        layer.adapters, layer.kinds = nn.ModuleDict(), {}
+        layer.adapters, layer.borrowed, layer.kinds = nn.ModuleDict(), {}, {}
         if instance_forward is not None:
             layer.instance_forward = instance_forward
     layer.kinds[name] = kind
-    layer.adapters[name] = adapter
+    (layer.borrowed if tied else layer.adapters)[name] = adapter
 
 
 def remove(layer: nn.Module, name: str) -> None:
     """Take an adapter off a layer; with the last one the layer is what it was."""
-    del layer.adapters[name], layer.kinds[name]
-    if not layer.adapters:
-        del layer.adapters, layer.kinds
+    del (layer.borrowed if name in layer.borrowed else layer.adapters)[name], layer.kinds[name]
+    if not layer.kinds:
+        del layer.adapters, layer.borrowed, layer.kinds
         instance_forward = layer.__dict__.pop("instance_forward", None)
         layer.__dict__.pop("merged", None)
         layer.__class__ = layer.base_class
@@ -231,6 +234,11 @@ def without_autocast(kind: str) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if autocasting(kind) else nullcontext()
 
 
+def carried(layer: nn.Module) -> dict[str, Adapter]:
+    """The adapters that a layer runs, its own and those borrowed, by name."""
+    return {**layer.adapters, **layer.borrowed} if isinstance(layer, Adapted) else {}
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of every layer that carries adapters, in the model's order."""
     for name, module in model.named_modules():
@@ -243,8 +251,7 @@ def all_adapters(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
     return [
         (path, layer, adapter)
         for path, layer in adapted_layers(model)
-        for name, adapter in layer.adapters.items()
-        if layer.kinds[name].targetable
+        for adapter in layer.adapters.values()
     ]
 
 

@@ -378,8 +378,9 @@ def install(model: nn.Module, chart: Plan, attachment: Attachment, made: list[Ad
     for parameter in base.values():
         parameter.requires_grad_(False)
     for site, adapter in zip(chart.sites, made):
-        for layer in (site.layer, *site.tied.values()):
-            put(layer, chart.name, adapter)
+        put(site.layer, chart.name, adapter)
+        for layer in site.tied.values():
+            put(layer, chart.name, adapter, tied=True)
     if chart.variant.needs_prompt:
         learn_prompts(model, attachment)
     if attachment.shared.state_dict():
@@ -399,7 +400,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     found = adapters(model, name)
     for _, layer in list(adapted_layers(model)):
-        for key in [key for key in layer.adapters if name in (None, key)]:
+        for key in [key for key in layer.kinds if name in (None, key)]:
             remove(layer, key)
     for attachment, _, _ in _unique(found):
         forget_prompts(model, attachment)

@@ -461,6 +461,13 @@ class EmbeddingBase(Base):
         return {"weight": weight}
 
 
+class TiedEmbeddingBase(EmbeddingBase):
+    """An embedding whose weight is that of another, which is adapted: T5's encoder has one of its
+    own, the decoder a second."""
+
+    targetable = False
+
+
 class TiedHeadBase(LinearBase):
     """An output head whose weight is an embedding's: it is adapted with it, by the same tensors,
     and has that table's d_in and d_out."""
@@ -522,9 +529,11 @@ class BlockBase(Base):
         return linear.weight[:1]
 
 
-def base_kind(layer: nn.Module, site: str) -> type[Base] | None:
-    """The kind of `Base` that reads this layer at this site, if there is one."""
-    return next((k for k in Base.kinds if k.site == site and k.accepts(layer)), None)
+def base_kind(layer: nn.Module, site: str, targetable: bool = True) -> type[Base] | None:
+    """The kind of `Base` that reads this layer at this site, if there is one: the kind for layers
+    that targets may name, or the kind for what comes along."""
+    kinds = [k for k in Base.kinds if (k.site, k.targetable) == (site, targetable)]
+    return next((kind for kind in kinds if kind.accepts(layer)), None)
 
 
 def frozen_forward(layer: nn.Module) -> Callable[..., Any]:

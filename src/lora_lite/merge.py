@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapted import Adapted, adapted_layers, adapters, without_autocast
+from lora_lite.adapted import Adapted, adapted_layers, adapters, carried, without_autocast
 from lora_lite.attach import detach
 from lora_lite.base import Base
 
@@ -103,13 +103,13 @@ def probed_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """(name, layer) of the adapted layers whose numbers are their own: a head that is tied to an
     adapted embedding changes with it."""
     for name, layer in adapted_layers(model):
-        if any(kind.targetable for kind in layer.kinds.values()):
+        if len(layer.adapters):
             yield name, layer
 
 
 def base_of(layer: Adapted) -> Base:
     """The frozen layer, as the first of its own adapters sees it."""
-    return next(kind for kind in layer.kinds.values() if kind.targetable)(layer)
+    return next(kind for key, kind in layer.kinds.items() if key in layer.adapters)(layer)
 
 
 @torch.no_grad()
@@ -121,8 +121,8 @@ def merged_numbers(name: str, layer: Adapted) -> tuple[dict[str, Tensor], dict[s
     """
     W = base_of(layer).probe()
     run = W.below
-    for key, adapter in layer.adapters.items():
-        if adapter.enabled and layer.kinds[key].targetable:
+    for adapter in layer.adapters.values():
+        if adapter.enabled:
             link = copy.copy(W)
             link.below = run
             run = lambda x, a=adapter, w=link: a.forward(x, w)
@@ -177,9 +177,8 @@ def _checked(model: nn.Module) -> MergeReport:
                 "written; load it as floats on a device first"
             )
         # One write serves both ends where both carry the same adapters.
-        own = list(layer.adapters.values())
         others = owners[id(layer.weight)]
-        if any(list(getattr(m, "adapters", {}).values()) != own for _, m in others):
+        if any(carried(module) != carried(layer) for _, module in others):
             raise ValueError(
                 f"{name}: its weight is shared by {' and '.join(path for path, _ in others)}, and "
                 "merging would change them all; either untie it first (`layer.weight = "

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.adapted import clean
-from lora_lite.base import base_kind
+from lora_lite.base import Base, base_kind
 from lora_lite.variant import nearest
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -25,9 +25,7 @@ def find_sites(
     layer whose forward never runs.
     """
     modules = {clean(name): module for name, module in model.named_modules()}
-    candidates = {
-        name: m for name, m in modules.items() if (kind := base_kind(m, site)) and kind.targetable
-    }
+    candidates = {name: m for name, m in modules.items() if base_kind(m, site)}
     if site == "block":
         items = {id(m) for m in modules.values() if isinstance(m, nn.ModuleList) for m in m}
         candidates = {name: m for name, m in candidates.items() if id(m) in items}
@@ -49,7 +47,12 @@ def find_sites(
                 "so an adapter there would do nothing; leave it out with `exclude`, or replace "
                 "that module by one that calls its layers"
             )
-    return {name: layer for name, layer in candidates.items() if name in chosen}
+    sites, along = {}, set()
+    for name, layer in candidates.items():
+        if name in chosen and layer not in along:
+            sites[name] = layer
+            along |= set(tied_layers(model, layer, site).values())
+    return sites
 
 
 def matching(
@@ -151,12 +154,14 @@ USUAL = dict(linear=usual_linear, norm=usual_norms, embedding=usual_embedding, b
 
 def tied_layers(model: nn.Module, layer: nn.Module, site: str) -> dict[str, nn.Module]:
     """The layers that share a layer's weight and are adapted with it, by name."""
+    if all(kind.targetable for kind in Base.kinds if kind.site == site):
+        return {}
     return {
         clean(name): module
         for name, module in model.named_modules()
-        if (kind := base_kind(module, site))
-        and not kind.targetable
-        and module.weight is layer.weight
+        if module is not layer
+        and module._parameters.get("weight") is layer.weight
+        and base_kind(module, site, targetable=False)
     }
 
 
