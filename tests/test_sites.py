@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from models import IDS, llama, t5
+from models import IDS, MLP, gemma, gpt2, llama, t5
 from safetensors.torch import load_file
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.shapes import unchecked
 from lora_lite.testing import move, snapshot, unchanged
 
 TOKENS = dict(token_indices=(3, 5))
@@ -179,3 +180,95 @@ def test_a_tied_head_carries_an_adapter_of_its_own_beside_the_borrowed_one(order
     torch.testing.assert_close(model.lm_head(h), turned)
     ll.detach(model, "head")
     unchanged(model, before)
+
+
+class Positions(nn.Embedding):
+    """Looks up places, not tokens, as OPT's and BART's do."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1]) + 2)
+
+
+def test_what_looks_something_else_up_is_no_table_of_tokens():
+    model = nn.ModuleDict({"places": Positions(12, 8), "tokens": nn.Embedding(64, 8)})
+    assert sites(model, "trainable_tokens", **TOKENS) == ["tokens"]
+    with pytest.raises(ValueError, match="only places, a Positions, which this method can't"):
+        ll.attach(model, "trainable_tokens", targets=["places"], **TOKENS)
+    ll.attach(model, "trainable_tokens", **TOKENS)
+    assert sites(model, "trainable_tokens", name="b", **TOKENS) == ["tokens"]
+
+
+def test_which_embedding():
+    assert sites(gpt2(), "trainable_tokens", **TOKENS) == ["transformer.wte"]
+    assert sites(llama(), "trainable_tokens", **TOKENS) == ["model.embed_tokens"]
+    model = nn.ModuleDict({"words": nn.Embedding(64, 8), "places": nn.Embedding(9, 8)})
+    with pytest.raises(ValueError, match="has the embeddings words, places; say which by"):
+        ll.attach(model, "trainable_tokens", **TOKENS)
+    assert sites(model, "trainable_tokens", targets=["places"], **TOKENS) == ["places"]
+    assert sites(nn.Embedding(9, 8), "trainable_tokens", **TOKENS) == [""]
+    with pytest.raises(ValueError, match="MLP has no layer of the kind 'embedding' to adapt"):
+        ll.attach(MLP(), "trainable_tokens", **TOKENS)
+
+
+def test_a_table_that_rescales_itself_is_refused():
+    model = nn.Embedding(9, 8, max_norm=1.0)
+    with pytest.raises(ValueError, match="the model rescales its rows where it looks them up"):
+        ll.attach(model, "trainable_tokens", **TOKENS)
+
+
+def test_a_table_resized_after_the_attach_is_refused():
+    for tie in (False, True):
+        model = adapted(llama(tie))
+        model.resize_token_embeddings(70)
+        with unchecked(), pytest.raises(ValueError, match="has 70 rows, and had 64 when it was"):
+            model(IDS)
+
+
+def test_new_tokens_load_on_a_base_whose_new_rows_started_elsewhere(tmp_path):
+    """Resizing draws the new rows at random; they are the adapter's to say, and no mark of a base."""
+    new = dict(token_indices=(64, 65))
+    model, other = llama(), llama()
+    for seed, each in enumerate((model, other)):
+        torch.manual_seed(seed)
+        each.resize_token_embeddings(66)
+    other.lm_head.load_state_dict(model.lm_head.state_dict())
+    ids = torch.tensor([[64, 2, 65, 7]])
+    assert not torch.equal(model(ids).logits, other(ids).logits)
+    adapted(model, **new)
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.load(other, tmp_path / "a.safetensors")
+    torch.testing.assert_close(other(ids).logits, model(ids).logits)
+    third = llama()
+    third.resize_token_embeddings(66)
+    third.model.embed_tokens.weight.data[0] += 1
+    with pytest.raises(ValueError, match="model.embed_tokens has other weights than the base"):
+        ll.load(third, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="embed_tokens is 32×64, and the adapter was made for 32×66"):
+        ll.load(llama(), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", [gemma, llama, t5, lambda: llama(tie=True)])
+def test_merging_writes_the_trained_rows_rounded_once(model, dtype):
+    """Also where they are far from the base's, and where the layer scales what it looks up."""
+    model = model().to(dtype)
+    ll.attach(model, "trainable_tokens", **TOKENS)
+    embedding = model.get_input_embeddings()
+    tokens = embedding.adapters.default.tokens
+    tokens.data = torch.randn(2, 32) * torch.tensor([[0.01], [30.0]])
+    want = embedding.weight.detach().clone()
+    want[[3, 5]] = tokens.detach().to(dtype)
+    few = 0 if dtype == torch.float32 else 2  # T − E has 24 bits, and T may lie between two
+    before = snapshot(model)
+    delta = next(iter(ll.delta_weights(model).values()))
+    assert delta.dtype == (torch.float32 if dtype == torch.bfloat16 else torch.float64)
+    assert not delta[[0, 1, 2, 4, 6]].any()
+    with ll.merged(model):
+        assert (embedding.weight != want).sum() <= few
+        head = getattr(model, "lm_head", None)
+        assert (head.weight is embedding.weight) == model.config.tie_word_embeddings
+    unchanged(model, before)
+    report = ll.merge(model)
+    assert (embedding.weight != want).sum() <= few
+    assert (report.layers[0].lost > 1e-5) == (dtype == torch.bfloat16)
+    assert (head.weight is embedding.weight) == model.config.tie_word_embeddings

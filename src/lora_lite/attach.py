@@ -367,7 +367,7 @@ def make_adapter(
 ) -> Adapter:
     """A site's adapter with its own tensors, away from the model."""
     adapter = Adapter(site.name, site.variant, attachment, tensors)
-    adapter.fingerprint = fingerprint(W)
+    adapter.fingerprint = fingerprint(W, site.variant)
     return adapter.train(site.layer.training)
 
 
@@ -490,12 +490,12 @@ def tensor_dtype(variant: Variant, key: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if "float32" in names and len(names) > 1 else getattr(torch, names[0])
 
 
-def fingerprint(W: Base) -> str | None:
+def fingerprint(W: Base, variant: Variant) -> str | None:
     """A hash of a layer's shape and a few of its rows rounded to bfloat16, by which a checkpoint
     knows its base in any dtype; None where the weights aren't at hand as floats."""
     if W.sample().is_meta or not W.sample().is_floating_point():
         return None
-    rows = W.fingerprint_rows().detach().to("cpu", torch.bfloat16).contiguous()
+    rows = variant.fingerprint_rows(W).detach().to("cpu", torch.bfloat16).contiguous()
     digest = hashlib.sha256(f"{W.d_out}x{W.d_in}:".encode())
     digest.update(rows.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

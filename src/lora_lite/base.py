@@ -123,8 +123,7 @@ class Base:
 
     def fingerprint_rows(self) -> Shaped[Tensor, "rows columns"]:
         """A few rows of it, by which a checkpoint knows its base again."""
-        rows = torch.linspace(0, len(self.sample()) - 1, min(4, len(self.sample()))).long()
-        return self.sample()[rows.to(self.sample().device)]
+        return a_few(self.sample())
 
     def probe(self) -> "Base":
         """The layer's numbers away from the model, on which a chain of adapters is run to find
@@ -263,8 +262,7 @@ class LinearBase(Base):
         return self.finite_weight().square().sum(1).sqrt()
 
     def fingerprint_rows(self) -> Shaped[Tensor, "rows d_in"]:
-        rows = torch.linspace(0, self.d_out - 1, min(4, self.d_out)).long()
-        return self.weight[rows.to(self.layer.weight.device)]
+        return a_few(self.weight)
 
 
 class Conv1DBase(LinearBase):
@@ -413,13 +411,15 @@ class NormNumbers(NormBase):
 
 
 class EmbeddingBase(Base):
-    """A table of `rows` vectors of length d_out, looked up by ids: W(ids) = scale · weight[ids]."""
+    """A table of d_in vectors of length d_out, looked up by ids: W(ids) = scale · weight[ids].
+    Subclasses that do something else, such as counting positions, are left alone."""
 
     site = "embedding"
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Embedding)
+        plain = getattr(layer, "base_class", type(layer)).forward is nn.Embedding.forward
+        return isinstance(layer, nn.Embedding) and (plain or hasattr(layer, "embed_scale"))
 
     @property
     def d_in(self) -> int:
@@ -437,7 +437,8 @@ class EmbeddingBase(Base):
     @property
     def scale(self) -> Tensor | float:
         """What the layer multiplies its rows by (Gemma's √d_out)."""
-        return getattr(self.layer, "embed_scale", 1.0)
+        scale = getattr(self.layer, "embed_scale", 1.0)
+        return scale.to(self.layer.weight.dtype) if isinstance(scale, Tensor) else scale
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return self.layer.weight.dtype
@@ -445,20 +446,38 @@ class EmbeddingBase(Base):
     def sizes(self) -> tuple[int, int]:
         return 0, self.d_out
 
-    def probe(self) -> "EmbeddingBase":
-        return self
+    def probe(self) -> "EmbeddingNumbers":
+        return EmbeddingNumbers(self)
+
+
+class EmbeddingNumbers(EmbeddingBase):
+    """A table in another precision, looked up without the layer's scale."""
+
+    scale = 1.0
+
+    def __init__(self, W: EmbeddingBase) -> None:
+        self.table = W.weight.to(probe_dtype(W.weight))
+        super().__init__(W.layer, lambda ids: F.embedding(ids, self.table))
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return False
+
+    weight = property(lambda self: self.table)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.table.dtype
 
     def own(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
+        return {"weight": self.table}
 
     def found(self, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Every row looked up; those that the adapters leave alone keep all their bits."""
-        weight = self.weight.clone()
-        for ids in torch.arange(self.d_in, device=weight.device).split(CHUNK):
-            before, after = frozen_forward(self.layer)(ids), run(ids)
-            changed = (before != after).any(1, keepdim=True)
-            weight[ids] = torch.where(changed, after / self.scale, weight[ids]).to(weight.dtype)
-        return {"weight": weight}
+        rows = []
+        for ids in torch.arange(self.d_in, device=self.table.device).split(CHUNK):
+            before, after = self.table[ids], run(ids)
+            rows.append(after.where((before != after).any(1, keepdim=True), before))
+        return {"weight": torch.cat(rows)}
 
 
 class TiedEmbeddingBase(EmbeddingBase):
@@ -539,6 +558,11 @@ def base_kind(layer: nn.Module, site: str, targetable: bool = True) -> type[Base
 def frozen_forward(layer: nn.Module) -> Callable[..., Any]:
     """The layer's forward without its adapters."""
     return getattr(layer, "frozen", layer.forward)
+
+
+def a_few(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "few ..."]:
+    """At most four of them, spread evenly."""
+    return rows[torch.linspace(0, len(rows) - 1, min(4, len(rows))).long().to(rows.device)]
 
 
 def probe_dtype(weight: Tensor) -> torch.dtype:

@@ -161,7 +161,7 @@ def _target(path: str, layer: nn.Module, adapter: Adapter, usual: Variant) -> di
         "name": path,
         "d_in": W.d_in,
         "d_out": W.d_out,
-        "base": adapter.fingerprint or fingerprint(W),
+        "base": adapter.fingerprint or fingerprint(W, adapter.variant),
     }
     changes = {key: own[key] for key in own if own[key] != usual[key]}
     return out | ({"hyperparameters": changes} if changes else {})
@@ -206,12 +206,13 @@ def _sites(model: nn.Module, header: dict[str, Any], force: bool) -> tuple[Site,
                 f"{path} is {W.d_out}×{W.d_in}, and the adapter was made for "
                 f"{target['d_out']}×{target['d_in']}; load it on its own base model"
             )
-        if not force and target["base"] and (own := fingerprint(W)) and own != target["base"]:
+        chosen[path] = configure(usual, **target.get("hyperparameters", {}))
+        own = fingerprint(W, chosen[path])
+        if not force and target["base"] and own and own != target["base"]:
             raise ValueError(
                 f"{path} has other weights than the base that the adapter was trained on; "
                 "load that base, or pass force=True if it is meant"
             )
-        chosen[path] = configure(usual, **target.get("hyperparameters", {}))
     return sites_of(model, {path: layers[path] for path in targets}, chosen)
 
 

@@ -242,6 +242,10 @@ class Variant:
         """The variant as it goes on a layer: itself, or with what the layer lacks left out."""
         return self
 
+    def fingerprint_rows(self, W: Base) -> Tensor:
+        """Rows of the frozen layer by which a checkpoint knows its base again."""
+        return W.fingerprint_rows()
+
     def summarise(self, seen: Stats, W: Base) -> Stats:
         """What `allocate` and `init` get of a layer's statistic: the mean, or what is made of it
         once."""

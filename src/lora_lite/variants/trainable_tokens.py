@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
-from lora_lite.base import EmbeddingBase, TiedHeadBase
+from lora_lite.base import EmbeddingBase, TiedHeadBase, a_few
 from lora_lite.variant import ParamSpec, Stats, Variant
 
 MADE_AGAIN = dict(trainable=False, saved=False)
@@ -44,9 +44,17 @@ class TrainableTokens(Variant, name="trainable_tokens"):
                 raise ValueError(f"would train row {i} twice; say it once in token_indices")
             seen.add(i)
 
+    def fingerprint_rows(self, W: EmbeddingBase) -> Tensor:
+        """Of those that it leaves alone: new tokens' rows start at random each time."""
+        kept = torch.ones(W.d_in, dtype=torch.bool)
+        kept[list(self.token_indices)] = False
+        return W.weight[a_few(kept.nonzero()[:, 0]).to(W.device)]
+
     def init(
         self, W: EmbeddingBase, generator: torch.Generator, stats: Stats | None
     ) -> dict[str, Tensor]:
+        if W.layer.max_norm is not None:
+            raise ValueError("rescales its rows where it looks them up; set its max_norm to None")
         index = torch.tensor(self.token_indices)
         slot = torch.full((W.d_in,), len(index), dtype=torch.int32)
         slot[index] = torch.arange(len(index), dtype=torch.int32)
@@ -55,7 +63,13 @@ class TrainableTokens(Variant, name="trainable_tokens"):
     def prepare(
         self, W: EmbeddingBase | TiedHeadBase, tokens: Tensor, index: Tensor, slot: Tensor
     ) -> dict[str, Tensor]:
-        return dict(delta=tokens - W.weight[index], index=index, slot=slot)
+        E = W.weight
+        if len(slot) != len(E):
+            raise ValueError(
+                f"trainable_tokens: the embedding has {len(E)} rows, and had {len(slot)} when it "
+                "was adapted; resize first, then attach"
+            )
+        return dict(delta=tokens - E[index], index=index, slot=slot)
 
     def forward(
         self,
