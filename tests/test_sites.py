@@ -7,8 +7,13 @@ import torch
 from models import IDS, MLP, gemma, gpt2, llama, t5
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 
 import lora_lite as ll
+from lora_lite.adapted import PROMPTS, clean
 from lora_lite.shapes import unchecked
 from lora_lite.testing import move, snapshot, unchanged
 
@@ -111,7 +116,9 @@ def test_a_table_of_several_layers_is_adapted_at_all_of_them():
 def test_a_borrowed_adapter_is_saved_once_and_by_transformers_too(tmp_path):
     model = adapted(llama(tie=True))
     names = [name for name in model.state_dict() if "adapters" in name]
-    assert names == [f"model.embed_tokens.adapters.default.{t}" for t in ("tokens", "index", "slot")]
+    assert names == [
+        f"model.embed_tokens.adapters.default.{t}" for t in ("tokens", "index", "slot")
+    ]
     model.save_pretrained(tmp_path)
     assert torch.equal(
         load_file(tmp_path / "model.safetensors")[names[0]],
@@ -225,7 +232,7 @@ def test_a_table_resized_after_the_attach_is_refused():
 
 
 def test_new_tokens_load_on_a_base_whose_new_rows_started_elsewhere(tmp_path):
-    """Resizing draws the new rows at random; they are the adapter's to say, and no mark of a base."""
+    """Resizing draws new rows at random; they are the adapter's to say, and no mark of a base."""
     new = dict(token_indices=(64, 65))
     model, other = llama(), llama()
     for seed, each in enumerate((model, other)):
@@ -243,7 +250,9 @@ def test_new_tokens_load_on_a_base_whose_new_rows_started_elsewhere(tmp_path):
     third.model.embed_tokens.weight.data[0] += 1
     with pytest.raises(ValueError, match="model.embed_tokens has other weights than the base"):
         ll.load(third, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="embed_tokens is 32×64, and the adapter was made for 32×66"):
+    with pytest.raises(
+        ValueError, match="embed_tokens is 32×64, and the adapter was made for 32×66"
+    ):
         ll.load(llama(), tmp_path / "a.safetensors")
 
 
@@ -272,3 +281,301 @@ def test_merging_writes_the_trained_rows_rounded_once(model, dtype):
     assert (embedding.weight != want).sum() <= few
     assert (report.layers[0].lost > 1e-5) == (dtype == torch.bfloat16)
     assert (head.weight is embedding.weight) == model.config.tie_word_embeddings
+
+
+EDITS = dict(p=1, s=1)
+PADDED = torch.ones(2, 10, dtype=torch.long)
+PADDED[0, :4] = 0
+LENGTHS = torch.tensor([6, 10])
+
+
+def edited(model=None, **hyper):
+    return adapted(llama() if model is None else model, "reft", **(hyper or EDITS))
+
+
+def grads(model):
+    return {clean(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_blocks_by_default_suffix_expression_and_predicate():
+    names = ["model.layers.0", "model.layers.1"]
+    assert sites(llama(), "reft") == names
+    assert sites(gpt2(), "reft") == ["transformer.h.0", "transformer.h.1"]
+    assert sites(llama(), "reft", targets=["layers.1"]) == names[1:]
+    assert sites(llama(), "reft", targets=r".*layers\.[01]") == names
+    assert sites(llama(), "reft", targets=lambda name, m: name.endswith("0")) == names[:1]
+    assert sites(llama(), "reft", exclude=["layers.0"]) == names[1:]
+    chart = ll.plan(llama(), "reft", overrides={"layers.1": dict(r=2)})
+    assert [site.shapes["R"] for site in chart.sites] == [(1, 4, 32), (1, 2, 32)]
+
+
+def test_norms_by_default_suffix_expression_and_predicate():
+    names = sites(llama(), "ln_tuning")
+    assert len(names) == 5 and all("norm" in name for name in names)
+    assert len(sites(gpt2(), "ln_tuning")) == 5
+    assert sites(llama(), "ln_tuning", targets=["norm"]) == ["model.norm"]
+    assert len(sites(llama(), "ln_tuning", targets=["input_layernorm"])) == 2
+    assert len(sites(llama(), "ln_tuning", targets=r".*layers\.0\..*norm")) == 2
+    assert len(sites(llama(), "ln_tuning", exclude=["post_attention_layernorm"])) == 3
+    with pytest.raises(ValueError, match="matches only .*q_proj, a Linear, which this method"):
+        sites(llama(), "ln_tuning", targets=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (dict(), "reft: model.layers.0 does not know the prompts; call the model with prompt_le"),
+        (dict(prompt_lengths=[6, 9, 3]), "prompt_lengths has 3 lengths, .* 2 examples; give one"),
+        (dict(prompt_lengths=torch.ones(2)), r"prompt_lengths is torch.float32 of shape \(2,\)"),
+        (dict(prompt_lengths=torch.ones(2, 1).long()), r"of shape \(2, 1\); give whole numbers"),
+        (dict(prompt_lengths=[]), r"of shape \(0,\); give"),
+        (dict(prompt_lengths=6, attention_mask=torch.ones(2, 1, 10, 10)), "attention_mask has 4"),
+    ],
+    ids=["none", "three", "fractions", "axes", "empty", "mask"],
+)
+def test_a_call_that_does_not_say_its_prompts_is_refused(call, message):
+    with unchecked(), pytest.raises(ValueError, match=message):
+        edited()(IDS, **call)
+
+
+def test_lengths_may_be_said_in_several_ways():
+    model = edited()
+    want = model(IDS, prompt_lengths=torch.tensor([6, 6])).logits
+    for lengths in ([6, 6], (6, 6), 6, torch.tensor(6), torch.tensor([6], dtype=torch.int32)):
+        assert torch.equal(model(IDS, prompt_lengths=lengths).logits, want)
+        with ll.prompts(model, lengths):
+            assert torch.equal(model(IDS).logits, want)
+            assert not torch.equal(model(IDS, prompt_lengths=3).logits, want)
+            with ll.prompts(model, 3):
+                assert not torch.equal(model(IDS).logits, want)
+            assert torch.equal(model(IDS).logits, want)
+    with pytest.raises(RuntimeError), ll.prompts(model, 6):
+        raise RuntimeError
+    with pytest.raises(ValueError, match="does not know the prompts"):
+        model(IDS)
+
+
+def test_lengths_that_are_none_are_refused():
+    model = edited()
+    for lengths, match in (
+        ([3, 0], r"lengths=\[3, 0\] must be ≥ 1"),
+        ([2.5], "lengths is torch.fl"),
+    ):
+        with unchecked(), pytest.raises(ValueError, match=match), ll.prompts(model, lengths):
+            pass
+    with pytest.raises(ValueError, match="no adapter on the model asks for its prompts"):
+        with ll.prompts(adapted(llama()), 3):
+            pass
+    with pytest.raises(ValueError, match="no adapters; attach one first"), ll.prompts(llama(), 3):
+        pass
+
+
+class Told(nn.Module):
+    """Blocks under a model that looks at no mask itself."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, h, attention_mask=None, past_key_values=None, cache_params=None):
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+
+class Block(nn.Module):
+    def __init__(self, d=8):
+        super().__init__()
+        self.linear = nn.Linear(d, d)
+
+    def forward(self, h):
+        return h + torch.tanh(self.linear(h))
+
+
+class Uncounted:
+    """A cache that can't say how long it is, as Mamba's."""
+
+    def get_seq_length(self):
+        raise ValueError("no attention layers")
+
+
+def told(*blocks):
+    return edited(Told(blocks or [Block(), Block()]))
+
+
+def test_the_mask_is_that_of_the_batch_and_of_all_its_tokens():
+    model, h = told(), torch.randn(2, 10, 8)
+    for mask in (torch.ones(3, 10), torch.ones(2, 9)):
+        with pytest.raises(ValueError, match="and the call has 2 examples of 10 tokens; give"):
+            model(h, attention_mask=mask, prompt_lengths=3)
+    with pytest.raises(ValueError, match="attention_mask has the type dict"):
+        model(h, attention_mask=dict(full=PADDED), prompt_lengths=3)
+    want = model(h, PADDED, prompt_lengths=LENGTHS)
+    assert torch.equal(model(h, attention_mask=PADDED.bool(), prompt_lengths=LENGTHS), want)
+    assert not torch.equal(model(h, prompt_lengths=LENGTHS), want)
+
+
+def test_a_cache_that_can_not_be_counted_needs_the_mask():
+    model, h = told(), torch.randn(2, 10, 8)
+    for where in ("past_key_values", "cache_params"):
+        for cache in (Uncounted(), ((h, h),)):
+            with pytest.raises(ValueError, match="cache does not say how many tokens.*attention_m"):
+                model(h, prompt_lengths=3, **{where: cache})
+            model(h, prompt_lengths=3, attention_mask=PADDED, **{where: cache})
+
+
+def test_prompts_are_forgotten_after_a_call_and_after_one_that_failed():
+    model = edited()
+    model(IDS, prompt_lengths=LENGTHS)
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match="does not know the prompts"):
+            call(IDS)
+    with pytest.raises(ValueError, match="examples; give one"):
+        model(IDS, prompt_lengths=[1, 2, 3])
+    with pytest.raises(ValueError, match="does not know the prompts"):
+        model.model(IDS)
+    with ll.disabled(model):
+        model(IDS)
+
+
+def test_an_encoder_that_is_called_by_itself_is_the_model_to_adapt():
+    model = t5()
+    with pytest.raises(
+        ValueError, match="reads prompts by its encoder, .* attach to model.encoder"
+    ):
+        ll.attach(model, "reft", targets=r"encoder\.block\.[01]")
+    base = model(input_ids=IDS, attention_mask=PADDED, labels=IDS).logits
+    edited(model.encoder)
+    with ll.prompts(model, LENGTHS):
+        assert not torch.equal(model(input_ids=IDS, attention_mask=PADDED, labels=IDS).logits, base)
+        model.generate(IDS, attention_mask=PADDED, max_new_tokens=3, num_beams=2)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = told()
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="replicas would take each other's prompts"):
+        replica(torch.randn(2, 4, 8), prompt_lengths=2)
+
+
+MICRO = [
+    dict(input_ids=IDS, attention_mask=PADDED, prompt_lengths=LENGTHS),
+    dict(input_ids=IDS.flip(1), attention_mask=PADDED.flip(1), prompt_lengths=LENGTHS // 2),
+]
+
+
+def accumulated(model, between=lambda: None):
+    """The gradients of two micro-batches, whose backwards come after both forwards."""
+    model.train()
+    losses = [model(**batch, labels=IDS, use_cache=False).loss for batch in MICRO]
+    between()
+    sum(losses).backward()
+    return grads(model)
+
+
+def plainly(model):
+    """The same, each backward after its own forward."""
+    model.train()
+    for batch in MICRO:
+        model(**batch, labels=IDS, use_cache=False).loss.backward()
+    return grads(model)
+
+
+def by_transformers(reentrant):
+    def on(model):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    return on
+
+
+def by_torch(reentrant):
+    def on(model):
+        model.enable_input_require_grads()
+        for i, layer in enumerate(model.model.layers):
+            how = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+            model.model.layers[i] = checkpoint_wrapper(layer, checkpoint_impl=how)
+
+    return on
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", [by_transformers, by_torch])
+def test_checkpointing_runs_each_block_again_with_its_own_prompts(how, reentrant):
+    """Also after other calls: of another micro-batch, of the base alone, and of none."""
+    want = plainly(edited())
+    for between in (lambda m: None, lambda m: m(IDS, prompt_lengths=3), lambda m: m.train()):
+        model = edited()
+        how(reentrant)(model)
+
+        def other(model=model, between=between):
+            with torch.no_grad():
+                between(model)
+                with ll.disabled(model):
+                    model(IDS)
+
+        got = accumulated(model, other)
+        assert got.keys() == want.keys() and len(want) == 6
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+
+
+def test_nothing_is_kept_of_a_call_that_is_over():
+    model = told()
+    before = len(PROMPTS)
+    y = model(torch.randn(2, 10, 8, requires_grad=True), prompt_lengths=3)
+    assert len(PROMPTS) > before
+    del y
+    assert len(PROMPTS) == before
+    assert model.layers[0].adapters.default.attachment.prompt is None
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_blocks_under_torch_func(transform):
+    model, h = told(), torch.randn(2, 10, 8)
+
+    def loss(h):
+        return model(h, prompt_lengths=3).square().sum()
+
+    x = h.clone().requires_grad_()
+    loss(x).backward()
+    if transform == "grad":
+        assert torch.allclose(torch.func.grad(loss)(h), x.grad)
+    elif transform == "jvp":
+        slope = torch.func.jvp(loss, (h,), (torch.ones_like(h),))[1]
+        assert torch.allclose(slope, x.grad.sum(), rtol=1e-4)
+    else:
+        each = torch.func.vmap(lambda h: loss(h[None]))(h)
+        assert torch.allclose(each.sum(), loss(h))
+
+
+def test_hooks_come_and_go_with_the_adapters_that_ask(tmp_path):
+    model = llama()
+    before = snapshot(model)
+    edited(model)
+    ll.attach(model, "direft", name="second", p=0, s=1)
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    with torch.no_grad():
+        logits = model(IDS, prompt_lengths=LENGTHS).logits
+        torch.save(model, tmp_path / "model.pt")
+        for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert torch.equal(twin(IDS, prompt_lengths=LENGTHS).logits, logits)
+            ll.detach(twin)
+            unchanged_hooks = twin._forward_pre_hooks, twin._forward_hooks
+            assert not any(unchanged_hooks)
+        assert torch.equal(model(IDS, prompt_lengths=LENGTHS).logits, logits)
+    ll.detach(model, "default")
+    model(IDS, prompt_lengths=LENGTHS)
+    ll.detach(model)
+    unchanged(model, before)
+
+
+def test_a_part_that_is_detached_takes_its_adapter_off_the_tied_head():
+    model, base = adapted(llama(tie=True)), llama(tie=True)
+    h = torch.randn(2, 32)
+    assert not torch.equal(model.lm_head(h), base.lm_head(h))
+    ll.detach(model.model)
+    assert torch.equal(model.lm_head(h), base.lm_head(h))
+    ll.attach(model, "trainable_tokens", **TOKENS)
+    ll.detach(model)
+    assert type(model.lm_head) is nn.Linear

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ class Attachment:
     widest: the greatest d_in and d_out of its layers. shared: the tensors that all its sites share.
     step, total: optimizer steps taken and planned. unadvanced: optimizer steps that moved its
     tensors and did not advance `step`. was_trainable: names, in the model that was adapted, of the
-    parameters that it froze. prompt: what is known of the call under way.
+    parameters that it froze. prompt: what is known of the call under
+    way; None between calls.
     """
 
     def __init__(self, name: str, seed: int, widest: tuple[int, int]) -> None:
@@ -67,12 +69,14 @@ class Adapter(nn.Module):
         dtype = W.compute_dtype(x)
         if W.casts_input:
             x = x.to(dtype)
-        tensors_in, W.prompt = tensors, self.attachment.prompt
-        if variant.needs_prompt and W.prompt is None:
-            raise ValueError(
-                f"{variant.name}: {self.site} does not know the prompts; call the model with "
-                "prompt_lengths=, a tensor (batch,), or within ll.prompts(model, lengths)"
-            )
+        if variant.needs_prompt:
+            W.prompt = prompt_of(x, self.attachment.prompt)
+            if W.prompt is None:
+                raise ValueError(
+                    f"{variant.name}: {self.site} does not know the prompts; call the model with "
+                    "prompt_lengths=, a tensor (batch,), or within ll.prompts(model, lengths)"
+                )
+        tensors_in = tensors
         checked = shapes.CHECKED and not torch.compiler.is_compiling()
         if checked:
             shapes.check_tensors(variant, W, tensors, self.attachment.widest)
@@ -98,6 +102,26 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         state = "" if self.enabled and self.strength == 1 else f", strength={self.strength}"
         return f"{self.variant}" + (state if self.enabled else ", off")
+
+
+PROMPTS: WeakKeyDictionary[torch.UntypedStorage, Prompt] = WeakKeyDictionary()
+"""By what blocks' inputs are stored in: what was known of the calls that they belong to."""
+
+
+def prompt_of(x: Tensor, prompt: Prompt | None) -> Prompt | None:
+    """What is known of the call that a block's input belongs to: the one under way or, where
+    checkpointing runs the block again in backward, maybe after other calls, that of the first run.
+    """
+    if torch.compiler.is_compiling():
+        return prompt
+    try:
+        storage = x.untyped_storage()
+    except NotImplementedError:  # under torch.func
+        return prompt
+    if prompt is None:
+        return PROMPTS.get(storage)
+    PROMPTS[storage] = prompt
+    return prompt
 
 
 class Observed(torch.autograd.Function):

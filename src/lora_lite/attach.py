@@ -26,7 +26,7 @@ from lora_lite.adapted import (
 )
 from lora_lite.base import Base, base_kind
 from lora_lite.calibration import Batches, calibrate
-from lora_lite.prompts import forget_prompts, learn_prompts
+from lora_lite.prompts import check_reader, forget_prompts, learn_prompts
 from lora_lite.steps import warn_unless_stepped
 from lora_lite.targets import Targets, find_sites, overridden, tied_layers
 from lora_lite.variant import Stats, Variant, configure
@@ -176,6 +176,8 @@ def plan(
             raise ValueError(
                 f"{path} has an adapter {name!r} already; detach it or choose another `name`"
             )
+    if configured.needs_prompt:
+        check_reader(model)
     layers = find_sites(model, configured.site, targets, exclude)
     changes = overridden(overrides or {}, layers)
     variants = {path: configure(configured, **changes[path]) for path in layers}
@@ -399,6 +401,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises: ValueError where there is none.
     """
     found = adapters(model, name)
+    for _, _, adapter in found:
+        adapter.enabled = False  # also for a tied layer outside of the model
     for _, layer in list(adapted_layers(model)):
         for key in [key for key in layer.kinds if name in (None, key)]:
             remove(layer, key)

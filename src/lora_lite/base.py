@@ -24,21 +24,27 @@ def at_least_float32(t: Tensor) -> Tensor:
 class Prompt(NamedTuple):
     """Which of a call's tokens are the prompt's.
 
-    lengths: the prompts' tokens, padding left out, of each example, or one for all. mask: which
-    tokens count, of this call and those in the cache before; None for all. seen: tokens in the
-    cache, where there is no mask.
+    lengths: the prompts' tokens, padding left out, of each example, or one for all. mask: the
+    attention mask, which says what tokens count of this call and those in the cache before; None
+    for all. seen: tokens in the cache, for where there is no mask; None where it can't say. copies:
+    whether each example may stand in the batch several times in a row, as beams do.
     """
 
     lengths: Int[Tensor, " examples"]
-    mask: Shaped[Tensor, "batch all"] | None = None
-    seen: int = 0
+    mask: Any = None
+    seen: int | None = 0
+    copies: bool = False
 
     def columns(
         self, h: Float[Tensor, "batch tokens d"], first: int, last: int
     ) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
         """Where each prompt's first and last tokens, n = first + last, stand among those of this
-        call, and which of them do. A prompt shorter than n has both halves cut at its middle."""
+        call, and which of them do. A prompt shorter than n has both halves cut at its middle.
+
+        Raises: ValueError where lengths, mask or cache don't say it.
+        """
         batch, tokens = h.shape[:2]
+        self.check(batch, tokens)
         n = self.lengths.to(h.device)
         n = n.repeat_interleave(batch // len(n))[:, None]
         short = n < first + last
@@ -55,6 +61,34 @@ class Prompt(NamedTuple):
             column = torch.searchsorted(order, position + 1) - (order.shape[1] - tokens)
         there = there & (column >= 0) & (column < tokens)
         return column.where(there, 0), there
+
+    def check(self, batch: int, tokens: int) -> None:
+        """Raise ValueError unless lengths, mask and cache are those of such a batch."""
+        n = len(self.lengths)
+        if not (batch % n == 0 if self.copies or n == 1 else batch == n):
+            raise ValueError(
+                f"prompt_lengths has {n} lengths, and the batch has {batch} examples; "
+                "give one for each, or one for all"
+            )
+        if self.mask is not None:
+            shape = tuple(getattr(self.mask, "shape", ()))
+            if len(shape) != 2:
+                what = f"{len(shape)} axes" if shape else f"the type {type(self.mask).__name__}"
+                raise ValueError(
+                    f"attention_mask has {what}, and prompts are found by one of (batch, tokens); "
+                    "pass that, and with generate, which makes another of it for a static cache, "
+                    "use a dynamic one"
+                )
+            if shape[0] != batch or shape[1] < tokens:
+                raise ValueError(
+                    f"attention_mask is {shape}, and the call has {batch} examples of {tokens} "
+                    "tokens; give the mask of all tokens, those in the cache too"
+                )
+        elif self.seen is None:
+            raise ValueError(
+                "the cache does not say how many tokens it holds; pass attention_mask, that of all "
+                "tokens, at each call"
+            )
 
 
 class Base:
