@@ -1,6 +1,7 @@
 """Layers that are no plain linear ones: norms, embeddings with what is tied to them, and blocks."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -307,6 +308,31 @@ def test_blocks_by_default_suffix_expression_and_predicate():
     assert sites(llama(), "reft", exclude=["layers.0"]) == names[1:]
     chart = ll.plan(llama(), "reft", overrides={"layers.1": dict(r=2)})
     assert [site.shapes["R"] for site in chart.sites] == [(1, 4, 32), (1, 2, 32)]
+
+
+def test_a_block_elsewhere_than_in_a_list_is_named():
+    """torchvision's stand in an nn.Sequential; a part of a block will do as well."""
+    model = nn.Sequential(nn.Linear(8, 8), Block(), Block())
+    with pytest.raises(ValueError, match="holds no blocks in an nn.ModuleList; say which by `targ"):
+        sites(model, "reft")
+    assert sites(model, "reft", targets=["1", "2"]) == ["1", "2"]
+    with pytest.raises(ValueError, match="only 0, a Linear, which this method can't adapt"):
+        sites(model, "reft", targets=["0"])
+    ll.attach(model, "reft", targets=["2"], **EDITS)
+    move(model)
+    h = torch.randn(2, 4, 8)
+    edit = model(h, prompt_lengths=3) - model[2].frozen(model[1](model[0](h)))
+    assert [bool(row.any()) for row in edit[0]] == [True, False, True, False]
+    with pytest.raises(ValueError, match="only model.layers, a ModuleList, which this"):
+        sites(llama(), "reft", targets=["layers"])
+    part = edited(llama(), targets=["self_attn"], **EDITS)
+    assert not torch.equal(part(IDS, prompt_lengths=2).logits, llama()(IDS).logits)
+
+
+def test_blocks_alike_are_one_line_of_the_plan():
+    assert re.search(r"2 ×  layers\.\* +32 × 32 +260  R\[1, 4, 32\]", str(ll.plan(llama(), "reft")))
+    assert "1 ×  embed_tokens" in str(ll.plan(llama(), "trainable_tokens", **TOKENS))
+    assert "2 ×  * " in str(ll.plan(nn.ModuleList([Block(), Block()]), "reft"))
 
 
 def test_norms_by_default_suffix_expression_and_predicate():

@@ -111,7 +111,10 @@ class Plan:
     def __str__(self) -> str:
         alike: dict[tuple[Any, ...], list[Site]] = defaultdict(list)
         for site in self.sites:
-            alike[site.name.rsplit(".", 1)[-1], site.d_out, site.d_in, site.variant].append(site)
+            *parents, leaf = site.name.split(".")
+            if leaf.isdigit():  # layers.0, layers.1, …
+                leaf = ".".join([*parents[-1:], "*"])
+            alike[leaf, site.d_out, site.d_in, site.variant].append(site)
         rows = [("layers", "name", "d_out × d_in", "trained", "tensors")]
         for (leaf, d_out, d_in, variant), sites in alike.items():
             words = " ".join(

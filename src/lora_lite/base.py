@@ -549,7 +549,9 @@ class BlockBase(Base):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return any(isinstance(m, nn.Linear) or _is_conv1d(m) for m in layer.modules() if m != layer)
+        inner = (m for m in layer.modules() if m is not layer)
+        called = not isinstance(layer, nn.ModuleList | nn.ModuleDict)
+        return called and any(isinstance(m, nn.Linear) or _is_conv1d(m) for m in inner)
 
     @property
     def d_in(self) -> int:

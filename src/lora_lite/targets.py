@@ -26,9 +26,6 @@ def find_sites(
     """
     modules = {clean(name): module for name, module in model.named_modules()}
     candidates = {name: m for name, m in modules.items() if base_kind(m, site)}
-    if site == "block":
-        items = {id(m) for m in modules.values() if isinstance(m, nn.ModuleList) for m in m}
-        candidates = {name: m for name, m in candidates.items() if id(m) in items}
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no layer of the kind {site!r} to adapt")
     if isinstance(targets, str) and targets == "all-linear":
@@ -143,9 +140,12 @@ def usual_embedding(
 def usual_blocks(
     model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
 ) -> set[str]:
-    """The outermost ones."""
-    within = lambda name: any(name.startswith(f"{other}.") for other in candidates)
-    return {name for name in candidates if not within(name)}
+    """The outermost ones that an nn.ModuleList holds."""
+    items = {id(m) for held in modules.values() if isinstance(held, nn.ModuleList) for m in held}
+    found = {name for name, m in candidates.items() if id(m) in items}
+    if not found:
+        raise ValueError("the model holds no blocks in an nn.ModuleList; say which by `targets`")
+    return {n for n in found if not any(n.startswith(f"{other}.") for other in found)}
 
 
 USUAL = dict(linear=usual_linear, norm=usual_norms, embedding=usual_embedding, block=usual_blocks)
