@@ -433,6 +433,9 @@ class NormNumbers(NormBase):
     def accepts(cls, layer: nn.Module) -> bool:
         return False
 
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.numbers.dtype
+
     def swapped(self, x: Tensor, numbers: dict[str, Tensor]) -> Tensor:
         own = super().own()
         return torch.stack([numbers.get(key, own[key]).to(self.numbers) for key in own])
