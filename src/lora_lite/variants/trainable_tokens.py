@@ -14,8 +14,8 @@ MADE_AGAIN = dict(trainable=False, saved=False)
 class TrainableTokens(Variant, name="trainable_tokens"):
     """Train some rows of an embedding: E' = E with the rows token_indices replaced by T.
 
-    PEFT's method of this name; there is no paper. A head that shares the embedding's weight has E'
-    too.
+    PEFT's method of this name; there is no paper. Heads and other embeddings that share the weight
+    have E' too.
 
     Start: the identity bit for bit: T is a copy of the rows.
     Shapes: tokens (n, d), T, row k for token_indices[k]; n·d parameters.
