@@ -185,7 +185,7 @@ def sides_of(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], i
     start, saved = now(work.device), SvdOnce.seconds_saved
     batches = calibration_for(case.variant, [work.batch()])
     plan = ll.attach(model, case.variant, case.targets, seed=SEED, calibration=batches)
-    for _, _, hook in prompt_hooks(model):
+    for _, hook in prompt_hooks(model):
         hook.given = torch.tensor([work.x.shape[-2]])
     seconds = now(work.device) - start + SvdOnce.seconds_saved - saved
     ours = Side("ours", model, seconds)
