@@ -199,6 +199,17 @@ def boft(variant: Any, sites: list[str]) -> Twin | None:
         boft_block_size=0 if variant.n_blocks else variant.block_size or 4,
         boft_block_num=variant.n_blocks or 0,
         boft_dropout=variant.dropout,
+
+
+@of("vera")
+def vera(variant: Any, sites: list[str]) -> Twin:
+    import peft
+
+    config = peft.VeraConfig(
+        r=variant.r,
+        projection_prng_key=variant.projection_seed,
+        d_initial=variant.d_init,
+        vera_dropout=variant.dropout,
         target_modules=sites,
     )
 
@@ -206,5 +217,12 @@ def boft(variant: Any, sites: list[str]) -> Twin | None:
         P = theirs.boft_R[ADAPTER]
         copy(P, skew(ours["q"].detach(), P.shape[-1]))
         copy(theirs.boft_s[ADAPTER], ours["s"][:, None])
+
+
+        # A layer refers to its model's one pair.
+        copy(theirs.vera_A[ADAPTER], ours["A"])
+        copy(theirs.vera_B[ADAPTER], ours["B"])
+        copy(theirs.vera_lambda_d[ADAPTER], ours["lam_d"])
+        copy(theirs.vera_lambda_b[ADAPTER], ours["lam_b"])
 
     return Twin(config, load)

@@ -14,7 +14,8 @@ from lora_lite.variant import ParamSpec, Variant, zeros
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """U(−√(6/fan_in), √(6/fan_in)), He's bound with its gain of √2."""
-    return (torch.rand(shape, generator=generator) * 2 - 1) * math.sqrt(6 / shape[-1])
+    bound = math.sqrt(6 / shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 FROZEN = dict(trainable=False, saved=False, shared=True)
@@ -62,7 +63,7 @@ class VeRA(Variant):
     def prepare(
         self, W: LinearBase, A: Tensor, B: Tensor, lam_d: Tensor, lam_b: Tensor
     ) -> dict[str, Tensor]:
-        return dict(A=A[:, : W.d_in], B=lam_b[:, None] * B[: W.d_out] * lam_d)
+        return dict(A=A[:, : W.d_in], B=torch.outer(lam_b, lam_d) * B[: W.d_out])
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor
