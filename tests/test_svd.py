@@ -7,7 +7,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.base import LinearBase
 from lora_lite.ops import svd
-from lora_lite.ops.svd import truncated_svd
+from lora_lite.ops.svd import nystrom, sketching, truncated_svd
 
 
 def orthonormal(n, m, seed):
@@ -41,6 +41,64 @@ def test_the_randomised_error(dtype, decay, r):
     for Q in (U.T @ U, Vh @ Vh.T):
         assert (Q - eye).abs().max() < 50 * eps
     assert (S_r.diff() <= 0).all()
+
+
+def covariance(decay, d=500):
+    """Eigenvalues and a d × d matrix that has them: squares of singular values that fall as
+    k^−decay."""
+    values = torch.arange(1, d + 1).double() ** (-2 * decay)
+    Q = orthonormal(d, d, 3)
+    return values, (Q * values) @ Q.T
+
+
+@pytest.mark.parametrize("decay, lost, off", [(1.0, 3e-5, 0.04), (0.5, 0.01, 0.3)])
+@pytest.mark.parametrize("k", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_error_of_the_sketch(dtype, k, decay, lost, off):
+    """How much of the trace that k directions can have the found ones miss, and by how much
+    eigenvalues are too small: for what is nearly so in any data, 8 k + 10 products and no more."""
+    values, C = covariance(decay)
+    Omega = sketching(500, k)
+    assert Omega.shape == (500, 8 * k + 10)
+    eps = torch.finfo(dtype).eps
+    V, found = nystrom((C.to(dtype) @ Omega.to(dtype)).double(), Omega.double(), k, eps)
+    assert (V.T @ V - torch.eye(k)).abs().max() < 1e-12
+    best = values[:k].sum()
+    assert 0 < 1 - ((C @ V) * V).sum() / best <= lost
+    short = 1 - found / values[:k]
+    assert short.min() > -10 * eps and short.max() <= off
+    assert (found.diff() <= 0).all()
+    # The leading half lies in what was found.
+    exact = torch.linalg.eigh(C).eigenvectors.flip(1)[:, : k // 2]
+    assert torch.linalg.svdvals(V.T @ exact).min() > 1 - 3 * lost
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_a_sketch_as_wide_as_the_matrix_is_exact(decay):
+    values, C = covariance(decay, 60)
+    generator = torch.Generator().manual_seed(4)
+    rotation = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64)).Q
+    assert torch.equal(sketching(60, 7), torch.eye(60)) and sketching(60, 6).shape == (60, 58)
+    for Omega in (torch.eye(60, dtype=torch.float64), rotation):
+        V, found = nystrom(C @ Omega, Omega, 7, 1e-16)
+        torch.testing.assert_close(found, values[:7], rtol=1e-10, atol=0)
+        torch.testing.assert_close((V * found).T, V.T @ C, rtol=0, atol=1e-12)
+
+
+def test_a_sketch_finds_all_of_few_directions_and_is_orthonormal_beyond():
+    """Of rank 3: what of the products is rounding divides nothing."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(200, 3, generator=generator).double() @ orthonormal(500, 3, 7).T
+    C, Omega = x.T @ x, sketching(500, 8).double()
+    for eps, noise in ((1e-16, 0), (1e-7, 1e-8)):
+        Y = C @ Omega
+        Y = Y + noise * Y.norm() * torch.randn(Y.shape, generator=generator) / Y.numel() ** 0.5
+        V, found = nystrom(Y, Omega, 8, eps)
+        assert (V.T @ V - torch.eye(8)).abs().max() < 1e-12
+        exact = torch.linalg.eigvalsh(C).flip(0)[:3]
+        torch.testing.assert_close(found[:3], exact, rtol=1e-6, atol=0)
+        assert found[3:].max() < 1e-5 * found[0]
+        torch.testing.assert_close((V[:, :3] * found[:3]) @ V[:, :3].T, C, rtol=0, atol=1e-4)
 
 
 def test_the_default_is_exact_up_to_2048_and_randomised_above():

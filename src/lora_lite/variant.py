@@ -160,6 +160,10 @@ class Variant:
     them; the core divides by their number and hands the mean to `init`. A method without it takes
     no calibration."""
 
+    reads_input_alone: ClassVar[bool] = False
+    """Whether `statistic` and `summarise` read nothing of the layer but its width: layers in a row
+    that see the very same input (q, k and v) then share what they give."""
+
     needs_calibration: ClassVar[bool] = False
     """Whether `attach` refuses to go without calibration batches."""
 

@@ -199,6 +199,15 @@ def boft(variant: Any, sites: list[str]) -> Twin | None:
         boft_block_size=0 if variant.n_blocks else variant.block_size or 4,
         boft_block_num=variant.n_blocks or 0,
         boft_dropout=variant.dropout,
+        target_modules=sites,
+    )
+
+    def load(theirs: Any, ours: Mapping[str, Tensor]) -> None:
+        P = theirs.boft_R[ADAPTER]
+        copy(P, skew(ours["q"].detach(), P.shape[-1]))
+        copy(theirs.boft_s[ADAPTER], ours["s"][:, None])
+
+    return Twin(config, load)
 
 
 @of("vera")
@@ -214,11 +223,6 @@ def vera(variant: Any, sites: list[str]) -> Twin:
     )
 
     def load(theirs: Any, ours: Mapping[str, Tensor]) -> None:
-        P = theirs.boft_R[ADAPTER]
-        copy(P, skew(ours["q"].detach(), P.shape[-1]))
-        copy(theirs.boft_s[ADAPTER], ours["s"][:, None])
-
-
         # A layer refers to its model's one pair.
         copy(theirs.vera_A[ADAPTER], ours["A"])
         copy(theirs.vera_B[ADAPTER], ours["B"])

@@ -38,11 +38,12 @@ class Intervention(Variant, abstract=True):
     ) -> Float[Tensor, "batch tokens d"]:
         """h + Uᵀ(V h + b) at those tokens."""
         h = W(x)
-        at, there = W.prompt.columns(h, self.p, self.s)
-        at = at[..., None].expand(-1, -1, h.shape[-1])
+        at, there = (t[..., None] for t in W.prompt.columns(h, self.p, self.s))
+        at = at.expand(-1, -1, h.shape[-1])
         U, V, b = (t.expand(at.shape[1], *t.shape[1:]) for t in (U, V, b))
-        e = torch.einsum("btd,trd->btr", h.gather(1, at), V) + b
-        edit = torch.einsum("btr,trd->btd", e * there[..., None], U)
+        # Padding may hold NaN, which no product with 0 takes away.
+        e = torch.einsum("btd,trd->btr", h.gather(1, at).where(there, 0), V) + b
+        edit = torch.einsum("btr,trd->btd", e, U).where(there, 0)
         return h.scatter_add(1, at, edit.to(h.dtype))
 
 
@@ -52,7 +53,8 @@ class LoReFT(Intervention, name="reft", aliases=("loreft",)):
     Wu et al. 2024, arXiv:2404.03592, §3.2 eq. 2; the paper's W is A here. At chosen tokens of the
     prompt alone, §3.3: the first p and the last s, never of what is generated.
 
-    Start: the identity bit for bit: A = R and b = 0.
+    Start: the identity bit for bit, in tensors as wide as the model's and at least float32: A = R
+    and b = 0.
     Shapes: R, A (n, r, d), b (n, r), n = 1 or, untied, p + s; n·(2·r·d + r) parameters.
     Differs: 1. A and b start so, where the authors' first code moves h at once. 2. The last token
     of the prompt is edited, as the paper says and their code does not. 3. R's rows are made
@@ -70,6 +72,11 @@ class LoReFT(Intervention, name="reft", aliases=("loreft",)):
         G = torch.randn(n, W.d_in, self.r, generator=generator, dtype=torch.float64)
         R = torch.linalg.qr(G).Q.mT.float().double()
         return dict(R=R, A=orthonormal(R))
+
+    def check_tensors(self, d_in: int, d_out: int, R: Tensor, **others: Tensor) -> None:
+        sizes = torch.linalg.svdvals(R.double())
+        if (sizes[:, -1] <= 1e-7 * sizes[:, 0]).any():
+            raise ValueError("has an R of dependent rows, which no orthonormal ones span")
 
     def prepare(self, W: BlockBase, R: Tensor, A: Tensor, b: Tensor) -> dict[str, Tensor]:
         R = orthonormal(R)
@@ -102,7 +109,7 @@ class DiReFT(Intervention):
 
 def orthonormal(R: Float[Tensor, "n r d"]) -> Float[Tensor, "n r d"]:
     """L⁻¹ R for R Rᵀ = L Lᵀ: R itself where its rows are orthonormal. In float64 and rounded once,
-    so that a fresh A is R to the last bit."""
+    so that a fresh A is R to the last bit, and rows that nearly agree do no harm."""
     R_64 = R.double()
     L = torch.linalg.cholesky_ex(R_64 @ R_64.mT).L
     return torch.linalg.solve_triangular(L, R_64, upper=False).to(R.dtype)
