@@ -105,7 +105,7 @@ REFUSED = [
     (dict(variant="antipasto_rot", r=8, max_rotation_angle=4.0), ValueError, "must be in"),
     (dict(variant="dplr", r=8, lora_rank=9), ValueError, "lora_rank=9 exceeds r=8"),
     (dict(variant="dplr", r=16, calibration=[torch.randn(3, 24)]), ValueError, "3 calibration"),
-    (dict(variant="oft"), ValueError, "up has in_features=24, .* use 2, 3, 4, 6, 8, 12 or 24"),
+    (dict(variant="oft"), ValueError, "up has in_features=24, .* use 2, 3, 4, 6, 8, 12, 24"),
     (dict(variant="oft", block_size=1), ValueError, "block_size=1 must be ≥ 2"),
     (dict(variant="oft", block_size=4, n_blocks=2), ValueError, "give one of them"),
     (dict(variant="oft", n_blocks=5), ValueError, "n_blocks=5 .* use 1, 2, 3, 4, 6, 8, 12"),

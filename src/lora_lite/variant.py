@@ -39,6 +39,12 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
 
 
+def he_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """U(−√(6/fan_in), √(6/fan_in)), fan_in the last axis: He's bound with its gain of √2."""
+    bound = math.sqrt(6 / shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """One tensor of a method; its jaxtyping annotation says its shape and kind.

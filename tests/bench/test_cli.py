@@ -51,7 +51,7 @@ def test_another_configuration_leaves_a_row_alone(tmp_path):
         ("bench lora --r 0", "lora: r=0 must be ≥ 1"),
         ("bench lora --r some", "invalid literal"),
         ("bench jora --core blok", "invalid choice 'blok'"),
-        ("bench oft --block_size 7", "not a multiple of block_size=7; use 2, 3"),
+        ("bench oft --block_size 7", "block_size=7 does not fit; use 2, 3"),
         ("bench lora --targets q_prj", "'q_prj' matches no layer; did you mean 'q_proj'"),
         ("bench lora --steps 0", "steps=0 must be ≥ 1"),
         ("bench no/such.py", "there is no file no/such.py"),

@@ -385,7 +385,8 @@ def test_shapes_and_parameter_count(variant, hyper):
 
 
 def test_the_papers_count():
-    """§ I: rank 4, one layer of a 7-billion Llama: 32,772 parameters."""
+    """App. G.2: "We then train a rank-4 LoReFT at layer 15 […] (32,772 learned parameters in
+    total)"."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):

@@ -7,10 +7,11 @@ from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import add_butterfly_rows, drop_blocks
 from lora_lite.ops.cayley import cayley
 from lora_lite.ops.gates import gate
-from lora_lite.variant import ParamSpec, Variant, ones, zeros
+from lora_lite.variant import ParamSpec, ones, zeros
+from lora_lite.variants._block_rotations import BlockRotations
 
 
-class BOFT(Variant):
+class BOFT(BlockRotations):
     """Rotate the input by a butterfly: y = s ⊙ W (Rᵀ x) + b, W' = diag(s) W Rᵀ, R = B_{m−1} ⋯ B_0.
 
     Liu et al. 2023, arXiv:2311.06243, §4 eqs. 1–2 and BOFT(m, b) after them; s: Qiu et al. 2023,
@@ -25,8 +26,7 @@ class BOFT(Variant):
     at random, as the code, where the paper picks levels too by a rate.
     """
 
-    block_size: int | None = None
-    n_blocks: int | None = None
+    usual_block_size = 4
     m: int = 1
     dropout: float = 0.0
 
@@ -36,32 +36,13 @@ class BOFT(Variant):
     s: Float[Tensor, "d_out"] = ParamSpec(ones, decay=False)
 
     def validate(self) -> None:
-        if self.block_size is not None and self.n_blocks is not None:
-            raise ValueError("block_size and n_blocks say the same thing; give one of them")
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"block_size={self.block_size} must be ≥ 2: smaller rotates nothing")
-        if self.n_blocks is not None and self.n_blocks < 1:
-            raise ValueError(f"n_blocks={self.n_blocks} must be ≥ 1")
+        super().validate()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
-    def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
-        b = d_in // self.n_blocks if self.n_blocks else self.block_size or 4
-        return dict(b=b, n=d_in // b)
-
-    def check(self, d_in: int, d_out: int) -> None:
-        span, step = 2 ** (self.m - 1), 1 if self.m == 1 else 2
-        fit = [b for b in range(2, d_in + 1, step) if d_in % (b * span) == 0]
-        key, asked = "block_size", self.block_size or 4
-        if self.n_blocks:
-            key, asked, fit = "n_blocks", self.n_blocks, [d_in // b for b in reversed(fit)]
-        if asked not in fit:
-            need = f", which takes {span} even blocks or a multiple," if self.m > 1 else ""
-            use = f"use {key} {', '.join(map(str, fit[:8]))}" if fit else "lower m"
-            raise ValueError(
-                f"has in_features={d_in}, and {key}={asked} with m={self.m}{need} does not "
-                f"divide it; {use}"
-            )
+    @property
+    def together(self) -> tuple[int, str]:
+        return 2 ** (self.m - 1), f"m={self.m}"
 
     def prepare(self, W: LinearBase, q: Tensor, s: Tensor) -> dict[str, Tensor]:
         b = self.sizes(W.d_in, W.d_out)["b"]

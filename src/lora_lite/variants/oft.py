@@ -6,10 +6,11 @@ from torch import Tensor
 from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import add_block_rows
 from lora_lite.ops.cayley import cayley, cayley_neumann
-from lora_lite.variant import ParamSpec, Step, Variant, divisors, zeros
+from lora_lite.variant import ParamSpec, Step, zeros
+from lora_lite.variants._block_rotations import BlockRotations
 
 
-class OFT(Variant):
+class OFT(BlockRotations):
     """Rotate the input block by block: y = W (Rᵀ x) + b, W' = W Rᵀ, R = blockdiag(R_1, …, R_n).
 
     Qiu et al. 2023, arXiv:2306.07280, §3.2 eq. 2, §3.3 eq. 3; the input-side form and the series
@@ -23,8 +24,6 @@ class OFT(Variant):
     and the projection follows the optimizer's step (`ll.step`), not the forward.
     """
 
-    block_size: int | None = None
-    n_blocks: int | None = None
     terms: int = 5
     exact: bool = False
     block_share: bool = False
@@ -34,33 +33,14 @@ class OFT(Variant):
     q: Float[Tensor, "n b*(b-1)//2"] = ParamSpec(zeros)
 
     def validate(self) -> None:
-        if self.block_size is not None and self.n_blocks is not None:
-            raise ValueError("block_size and n_blocks say the same thing; give one of them")
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"block_size={self.block_size} must be ≥ 2: smaller rotates nothing")
-        if self.n_blocks is not None and self.n_blocks < 1:
-            raise ValueError(f"n_blocks={self.n_blocks} must be ≥ 1")
+        super().validate()
         if self.terms < 2:
             raise ValueError(f"terms={self.terms} must be ≥ 2: fewer leave no gradient")
         if self.eps <= 0:
             raise ValueError(f"eps={self.eps} must be positive")
 
     def sizes(self, d_in: int, d_out: int) -> dict[str, int]:
-        b = d_in // self.n_blocks if self.n_blocks else self.block_size or 32
-        return dict(b=b, n=1 if self.block_share else d_in // b)
-
-    def check(self, d_in: int, d_out: int) -> None:
-        if self.n_blocks:
-            if d_in % self.n_blocks or d_in // self.n_blocks < 2:
-                fit = [str(n) for n in range(1, d_in // 2 + 1) if d_in % n == 0]
-                raise ValueError(
-                    f"has in_features={d_in}, not n_blocks={self.n_blocks} times 2 or more; "
-                    f"use {', '.join(fit)}"
-                )
-        elif d_in % (b := self.block_size or 32):
-            raise ValueError(
-                f"has in_features={d_in}, not a multiple of block_size={b}; use {divisors(d_in)}"
-            )
+        return super().sizes(d_in, d_out) | (dict(n=1) if self.block_share else {})
 
     def prepare(self, W: LinearBase, q: Tensor) -> dict[str, Tensor]:
         b = self.sizes(W.d_in, W.d_out)["b"]

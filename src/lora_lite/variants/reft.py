@@ -51,14 +51,14 @@ class LoReFT(Intervention, name="reft", aliases=("loreft",)):
     """Edit hidden states in a subspace: h' = h + Rᵀ(A h + b − R h), R of orthonormal rows.
 
     Wu et al. 2024, arXiv:2404.03592, §3.2 eq. 2; the paper's W is A here. At chosen tokens of the
-    prompt alone, §3.3: the first p and the last s, never of what is generated.
+    prompt alone, §4.1: the first p and the last s, never of what is generated.
 
     Start: the identity bit for bit, in tensors as wide as the model's and at least float32: A = R
     and b = 0.
     Shapes: R, A (n, r, d), b (n, r), n = 1 or, untied, p + s; n·(2·r·d + r) parameters.
     Differs: 1. A and b start so, where the authors' first code moves h at once. 2. The last token
-    of the prompt is edited, as the paper says and their code does not. 3. R's rows are made
-    orthonormal by a Cholesky factor of R Rᵀ. 4. Untied has one edit for each position.
+    of the prompt is edited, and untied each position has its own edit, as the paper says and their
+    code does not. 3. R's rows are made orthonormal by a Cholesky factor of R Rᵀ.
     """
 
     R: Float[Tensor, "n r d"] = ParamSpec()
@@ -109,7 +109,7 @@ class DiReFT(Intervention):
 
 def orthonormal(R: Float[Tensor, "n r d"]) -> Float[Tensor, "n r d"]:
     """L⁻¹ R for R Rᵀ = L Lᵀ: R itself where its rows are orthonormal. In float64 and rounded once,
-    so that a fresh A is R to the last bit, and rows that nearly agree do no harm."""
+    so that a fresh A is R to the last bit."""
     R_64 = R.double()
     L = torch.linalg.cholesky_ex(R_64 @ R_64.mT).L
     return torch.linalg.solve_triangular(L, R_64, upper=False).to(R.dtype)

@@ -1,7 +1,5 @@
 """VeRA."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,16 +7,7 @@ from torch import Tensor
 
 from lora_lite.base import LinearBase
 from lora_lite.ops.low_rank import add_low_rank
-from lora_lite.variant import ParamSpec, Variant, zeros
-
-
-def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """U(−√(6/fan_in), √(6/fan_in)), He's bound with its gain of √2."""
-    bound = math.sqrt(6 / shape[-1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-FROZEN = dict(trainable=False, saved=False, shared=True)
+from lora_lite.variant import ParamSpec, Variant, he_uniform, zeros
 
 
 class VeRA(Variant):
@@ -42,8 +31,8 @@ class VeRA(Variant):
 
     casts = False
 
-    A: Float[Tensor, "r D_in"] = ParamSpec(kaiming_uniform, **FROZEN)
-    B: Float[Tensor, "D_out r"] = ParamSpec(kaiming_uniform, **FROZEN)
+    A: Float[Tensor, "r D_in"] = ParamSpec(he_uniform, trainable=False, saved=False, shared=True)
+    B: Float[Tensor, "D_out r"] = ParamSpec(he_uniform, trainable=False, saved=False, shared=True)
     lam_d: Float[Tensor, "r"] = ParamSpec()
     lam_b: Float[Tensor, "d_out"] = ParamSpec(zeros)
 
