@@ -169,6 +169,8 @@ def verdicts(cls: type[Variant], root: Path) -> str:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     said = lambda word: len(re.findall(rf"(?:\*\*|\| ){word}\b", text))
     counts = {word: said(word) for word in ("MATCHES", "DEVIATES-OK", "BUG")}
+    counts["BUG, fixed"] = text.count("**BUG**, fixed")
+    counts["BUG"] -= counts["BUG, fixed"]
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
