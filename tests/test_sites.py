@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 
 import pytest
 import torch
@@ -188,6 +189,23 @@ def test_a_tied_head_carries_an_adapter_of_its_own_beside_the_borrowed_one(order
     torch.testing.assert_close(model.lm_head(h), turned)
     ll.detach(model, "head")
     unchanged(model, before)
+
+
+def test_a_file_of_a_tied_model_wants_the_tie(tmp_path):
+    """Without it the head would keep the base's rows, and the function be another."""
+    adapted_model = adapted(llama(tie=True))
+    ll.save(adapted_model, tmp_path / "tied.safetensors")
+    model = llama()
+    model.load_state_dict(llama(tie=True).state_dict())
+    before = snapshot(model)
+    match = "embed_tokens shares its weight with nothing, and did with lm_head when it was saved"
+    with pytest.raises(ValueError, match=match):
+        ll.load(model, tmp_path / "tied.safetensors")
+    unchanged(model, before)
+    ll.load(model, tmp_path / "tied.safetensors", force=True)
+    ll.save(model, tmp_path / "untied.safetensors")
+    with pytest.raises(ValueError, match="with lm_head, and did with nothing when"):
+        ll.load(llama(tie=True), tmp_path / "untied.safetensors")
 
 
 class Positions(nn.Embedding):
@@ -605,3 +623,119 @@ def test_a_part_that_is_detached_takes_its_adapter_off_the_tied_head():
     ll.attach(model, "trainable_tokens", **TOKENS)
     ll.detach(model)
     assert type(model.lm_head) is nn.Linear
+
+
+def test_what_a_diagnosis_says_of_each_site():
+    model = llama(tie=True)
+    for variant, hyper in (("ln_tuning", {}), ("trainable_tokens", TOKENS), ("reft", EDITS)):
+        ll.attach(model, variant, name=variant, **hyper)
+    move(model)
+    rows = ll.diagnose(model).rows
+    table = model.model.embed_tokens
+    delta = table.adapters.trainable_tokens.tokens - table.weight[[3, 5]]
+    for row in rows:
+        if row["method"] == "trainable_tokens":
+            assert row["change"] == pytest.approx((delta.norm() / table.weight.norm()).item(), 1e-5)
+            values = torch.linalg.svdvals(delta.detach())
+            p = values / values.sum()
+            assert row["spectral_entropy"] == pytest.approx(-(p * p.log()).sum().item(), 1e-5)
+        elif row["method"] == "ln_tuning":
+            assert row["change"] > 0 and "effective_rank" not in row
+        else:
+            assert row["change"] is None
+    assert len(rows) == 5 + 1 + 2 and len(str(ll.diagnose(model)).splitlines()) == 9
+
+
+def test_the_spectrum_of_a_large_table_is_that_of_its_trained_rows(monkeypatch):
+    seen = []
+    module = sys.modules["lora_lite.diagnose"]
+    monkeypatch.setattr(module, "spectrum", lambda d: seen.append(d.shape) or (1.0, 0.0))
+    ll.diagnose(adapted(llama()))
+    assert seen == [(2, 32)]
+
+
+BOTH = [("ln_tuning", {}), ("trainable_tokens", TOKENS), ("reft", EDITS), ("direft", EDITS)]
+
+
+def call(model):
+    asked = any("PromptHook" in type(h).__name__ for h in model._forward_pre_hooks.values())
+    return model(IDS, **(dict(prompt_lengths=LENGTHS) if asked else {})).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lora_first", [True, False])
+@pytest.mark.parametrize("variant, hyper", BOTH, ids=[name for name, _ in BOTH])
+def test_beside_lora_on_other_layers(variant, hyper, lora_first, dtype, tmp_path):
+    """Each switches, scales, saves, loads and goes by itself; the order of other layers is none."""
+    model = llama(tie=True).to(dtype)
+    before, base = snapshot(model), call(model)
+    pair = [("lora", "lora", dict(r=4)), (variant, "own", hyper)]
+    for name, as_name, more in pair if lora_first else pair[::-1]:
+        ll.attach(model, name, name=as_name, seed=0, **more)
+    assert torch.equal(call(model), base)
+    move(model, scale=0.3)
+    both = call(model)
+    alone = {}
+    for name, other in (("lora", "own"), ("own", "lora")):
+        with ll.disabled(model, other):
+            alone[name] = call(model)
+        assert not torch.equal(alone[name], base) and not torch.equal(alone[name], both)
+        with ll.strength(model, 0.0, other):
+            error = (call(model) - alone[name]).norm() / base.norm()
+            assert error < {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    with ll.disabled(model):
+        assert torch.equal(call(model), base)
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    groups = ll.param_groups(model, lr=0.1)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(trained)
+    for name in ("lora", "own"):
+        ll.save(model, tmp_path / f"{name}.safetensors", name)
+    fresh = llama(tie=True).to(dtype)
+    for name in ("own", "lora"):
+        ll.load(fresh, tmp_path / f"{name}.safetensors")
+    assert torch.equal(call(fresh), both)
+    ll.detach(model, "lora")
+    assert torch.equal(call(model), alone["own"])
+    ll.detach(model)
+    unchanged(model, before)
+    if fresh.model.layers[0].__dict__.get("kinds"):
+        with pytest.raises(ValueError, match=f"{variant}: model.layers.0 can't be merged"):
+            ll.merge(fresh)
+        return
+    kept, tolerance = snapshot(fresh), {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    with ll.merged(fresh):
+        assert (call(fresh) - both).norm() / both.norm() < tolerance
+    unchanged(fresh, kept)
+    ll.merge(fresh)
+    assert (call(fresh) - both).norm() / both.norm() < tolerance
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("variant, hyper", BOTH, ids=[name for name, _ in BOTH])
+def test_on_a_bfloat16_model_tensors_are_float32_and_activations_are_not(variant, hyper):
+    model = llama(tie=True).bfloat16()
+    ll.attach(model, variant, **hyper)
+    move(model)
+    with torch.no_grad():
+        assert call(model).dtype == torch.bfloat16
+    call(model).float().square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32} == {p.grad.dtype for p in trained}
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in trained)
+
+
+@pytest.mark.parametrize("variant, hyper", BOTH, ids=[name for name, _ in BOTH])
+def test_a_llama_under_compile_and_checkpointing(variant, hyper):
+    """The whole model is one graph; checkpointing inside it runs its blocks again in it."""
+    model = llama(tie=True).train()
+    ll.attach(model, variant, seed=0, **hyper)
+    move(model, scale=0.3)
+    call(model).square().sum().backward()
+    want = grads(model)
+    model.zero_grad()
+    torch._dynamo.reset()
+    by_transformers(False)(model)
+    with unchecked():
+        torch.compile(call, backend="aot_eager")(model).square().sum().backward()
+    for name, grad in want.items():
+        torch.testing.assert_close(grads(model)[name], grad)

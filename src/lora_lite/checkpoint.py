@@ -29,7 +29,7 @@ from lora_lite.attach import (
     tensor_dtype,
 )
 from lora_lite.base import base_kind
-from lora_lite.targets import find_sites
+from lora_lite.targets import find_sites, tied_layers
 from lora_lite.variant import Variant, configure, nearest, variants
 
 FORMAT, VERSION = "lora-lite", 1
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: PathLike, name: str | None = None) -> None:
         "step": first.attachment.step,
         "total": first.attachment.total,
         "hyperparameters": vars(first.variant),
-        "targets": [_target(path, layer, a, first.variant) for path, layer, a in found],
+        "targets": [_target(model, path, layer, a, first.variant) for path, layer, a in found],
         "rebuilt": rebuilt,
         "digest": digest(tensors),
     }
@@ -154,9 +154,12 @@ def sketches_agree(a: list[float], b: list[float]) -> bool:
     return max(abs(x - y) for x, y in zip(a, b)) <= 1e-4 * max(a[0], b[0])
 
 
-def _target(path: str, layer: nn.Module, adapter: Adapter, usual: Variant) -> dict[str, Any]:
+def _target(
+    model: nn.Module, path: str, layer: nn.Module, adapter: Adapter, usual: Variant
+) -> dict[str, Any]:
     W = layer.kinds[adapter.attachment.name](layer)
     own, usual = vars(adapter.variant), vars(usual)
+    tied = list(tied_layers(model, layer, adapter.variant.site))
     out = {
         "name": path,
         "d_in": W.d_in,
@@ -164,6 +167,7 @@ def _target(path: str, layer: nn.Module, adapter: Adapter, usual: Variant) -> di
         "base": adapter.fingerprint or fingerprint(W, adapter.variant),
     }
     changes = {key: own[key] for key in own if own[key] != usual[key]}
+    out |= {"tied": tied} if tied else {}
     return out | ({"hyperparameters": changes} if changes else {})
 
 
@@ -212,6 +216,13 @@ def _sites(model: nn.Module, header: dict[str, Any], force: bool) -> tuple[Site,
             raise ValueError(
                 f"{path} has other weights than the base that the adapter was trained on; "
                 "load that base, or pass force=True if it is meant"
+            )
+        tied, here = target.get("tied", []), list(tied_layers(model, layers[path], kind))
+        if not force and set(tied) != set(here):
+            raise ValueError(
+                f"{path} shares its weight with {', '.join(here) or 'nothing'}, and did with "
+                f"{', '.join(tied) or 'nothing'} when it was saved; tie them alike, or pass "
+                "force=True if it is meant"
             )
     return sites_of(model, {path: layers[path] for path in targets}, chosen)
 

@@ -112,6 +112,7 @@ def _update(name: str, layer: Adapted, spectra: bool) -> dict[str, float | None]
     if delta.ndim == 1:  # a norm's: no spectrum to speak of
         names, spectra = names[:1], False
     change = float(delta.norm() / W.norm())
+    delta = delta[delta.any(-1)] if spectra else delta  # a table has many rows that stay
     return dict(zip(names, (change, *(spectrum(delta) if spectra else ()))))
 
 
