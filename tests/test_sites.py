@@ -8,16 +8,20 @@ import pytest
 import torch
 from models import IDS, MLP, gemma, gpt2, llama, t5
 from safetensors.torch import load_file
+from torch import multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lora_lite as ll
 from lora_lite.adapted import PROMPTS, clean
 from lora_lite.shapes import unchecked
 from lora_lite.testing import move, snapshot, unchanged
+from lora_lite.variant import whole
 
 TOKENS = dict(token_indices=(3, 5))
 
@@ -73,6 +77,13 @@ def test_norms_of_another_kind_are_named(norm):
     kind = type(norm).__name__
     with pytest.raises(ValueError, match=f"targets: 'norm' matches only inner.norm, a {kind}, "):
         ll.attach(model, "ln_tuning", targets=["norm"])
+
+
+def test_norms_that_a_fused_path_reads_by_itself_are_refused():
+    model = nn.ModuleDict({"enc": nn.TransformerEncoderLayer(8, 2, 8), "norm": nn.LayerNorm(8)})
+    with pytest.raises(ValueError, match=r"enc.norm1 is read by enc .*fast path"):
+        ll.attach(model, "ln_tuning")
+    assert sites(model, "ln_tuning", targets=["norm"]) == ["norm"]
 
 
 @pytest.mark.parametrize("variant, hyper", [("ln_tuning", {}), ("trainable_tokens", TOKENS)])
@@ -739,3 +750,51 @@ def test_a_llama_under_compile_and_checkpointing(variant, hyper):
         torch.compile(call, backend="aot_eager")(model).square().sum().backward()
     for name, grad in want.items():
         torch.testing.assert_close(grads(model)[name], grad)
+
+
+def trained_by(parallel, variant, hyper, rows):
+    """The gradients of a tied llama on some rows of a batch, in one of the ways to train on
+    several ranks."""
+    model = llama(tie=True).train()
+    ll.attach(model, variant, seed=0, **hyper)
+    move(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if parallel == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    wrapped = nn.parallel.DistributedDataParallel(model) if parallel == "ddp" else model
+    prompts = dict(prompt_lengths=LENGTHS[rows]) if "reft" in variant else {}
+    logits = wrapped(IDS[rows], attention_mask=PADDED[rows], use_cache=False, **prompts).logits
+    (logits.square().mean((1, 2)).sum() * (1 if parallel is None else 2)).backward()
+    own = {clean(name): p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
+    return {name: whole(grad) for name, grad in own.items()}
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    out = {
+        f"{parallel}-{variant}": trained_by(parallel, variant, hyper, slice(rank, rank + 1))
+        for parallel in ("ddp", "fsdp")
+        for variant, hyper in BOTH
+    }
+    torch.save(out, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """DDP and FSDP2, each rank with its own prompts, under checkpointing."""
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for variant, hyper in BOTH:
+        want = trained_by(None, variant, hyper, slice(0, 2))
+        for parallel in ("ddp", "fsdp"):
+            for rank in ranks:
+                got = rank[f"{parallel}-{variant}"]
+                assert got.keys() == want.keys() and want
+                for name, grad in want.items():
+                    torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6)

@@ -186,5 +186,6 @@ def never_called(model: nn.Module) -> dict[nn.Module, str]:
             bypassed[module.out_proj] = f"{clean(name) or 'the model'} (nn.MultiheadAttention)"
         if isinstance(module, nn.TransformerEncoderLayer):
             where = f"{clean(name) or 'the model'} (nn.TransformerEncoderLayer's fast path)"
-            bypassed |= {module.linear1: where, module.linear2: where}
+            own = (module.linear1, module.linear2, module.norm1, module.norm2)
+            bypassed |= dict.fromkeys(own, where)
     return bypassed
