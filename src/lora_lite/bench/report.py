@@ -150,7 +150,7 @@ def plot(rows: list[Row], path: Path) -> None:
     colour = {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(others)}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, 2, figsize=(11, 4.8), dpi=160, sharey=True, layout="constrained"
+            1, 2, figsize=(11, 5.6), dpi=160, sharey=True, layout="constrained"
         )
         for row in trained:
             ink, marker = colour.get(row.label, INK), "s" if row.variant == FULL else "o"
@@ -252,7 +252,7 @@ def _name(axis: Any, trained: list[Row], colour: dict[str, str]) -> None:
     from matplotlib.patheffects import withStroke
 
     sizes = axis.get_xscale() == "log"
-    points, taken = [], []
+    points, taken, names = [], [], []
     for row in trained:
         x = float(row.trainable_parameters) if sizes else row.mean("source_pct")
         y = row.mean("target_pct")
@@ -268,7 +268,7 @@ def _name(axis: Any, trained: list[Row], colour: dict[str, str]) -> None:
             taken.append((0, at[0, 1] - 2, 1e4, at[0, 1] + 2))
     frame = axis.get_window_extent()
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-    places = [(far * dx, far * dy) for far in (6, 11, 17, 24, 32) for dx, dy in sides]
+    places = [(far * dx, far * dy) for far in (6, 11, 17, 24, 32, 44, 58, 74) for dx, dy in sides]
     for x, y, name, ink in points:
         trials = []
         for dx, dy in places:
@@ -290,9 +290,10 @@ def _name(axis: Any, trained: list[Row], colour: dict[str, str]) -> None:
             box = text.get_window_extent().extents
             within = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] < frame.y1
             cost = sum(_overlap(box, other) for other in taken) + 1e6 * (not within)
+            cost += 10 * sum(_overlap(box, other) for other in names)
             trials.append((cost + abs(dx) + abs(dy), len(trials), text, box))
         best = min(trials, key=lambda trial: trial[:2])
-        taken.append(tuple(best[3]))
+        names.append(tuple(best[3]))
         for trial in trials:
             if trial is not best:
                 trial[2].remove()
