@@ -268,7 +268,7 @@ def attach(
     dtype: of the adapter's tensors; they are cast to the activation's where used.
     seed: of the random starts, each layer's drawn apart; None draws it from torch's generator.
     calibration: batches (dict, tuple or tensor) that the model runs on before, for the methods
-        whose start depends on data.
+        whose start depends on data; of several ranks each gives its own, and all start alike.
 
     Returns: the plan that was carried out. Raises: KeyError for an unknown variant, TypeError for
     an unknown hyperparameter, ValueError for one that a layer can't have, for a pattern that
