@@ -20,8 +20,7 @@ class Attachment:
     widest: the greatest d_in and d_out of its layers. shared: the tensors that all its sites share.
     step, total: optimizer steps taken and planned. unadvanced: optimizer steps that moved its
     tensors and did not advance `step`. was_trainable: names, in the model that was adapted, of the
-    parameters that it froze. prompt: what is known of the call under
-    way; None between calls.
+    parameters that it froze. prompt: what is known of the call under way; None between calls.
     """
 
     def __init__(self, name: str, seed: int, widest: tuple[int, int]) -> None:

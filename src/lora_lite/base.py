@@ -354,8 +354,9 @@ class DenseBase(LinearBase):
         origin = run(self.dense.new_zeros(1, self.d_in))
         rows = []
         for start in range(0, self.d_in, CHUNK):
-            eye = torch.eye(self.d_in, dtype=self.dense.dtype, device=self.dense.device)
-            rows.append(run(eye[start : start + CHUNK]) - origin)
+            eye = self.dense.new_zeros(min(CHUNK, self.d_in - start), self.d_in)
+            eye.diagonal(start).fill_(1)
+            rows.append(run(eye) - origin)
         if self.bias is not None:
             return {"weight": torch.cat(rows).T, "bias": origin[0]}
         if origin.isfinite().all() and origin.any():
