@@ -86,8 +86,8 @@ class Adapter(nn.Module):
         if variant.casts:
             tensors_in = cast(tensors_in, dtype)
         if self.strength != 1:
-            below, z = W.below, W(x)
-            W.below = lambda h, *rest, **named: z if h is x else below(h, *rest, **named)
+            run, z = W.run, W(x)
+            W.below = lambda h, *rest, **named: z if h is x else run(h, *rest, **named)
         y = variant.forward(x, W, **tensors_in)
         if self.strength != 1:
             y = z + self.strength * (y - z)
@@ -169,13 +169,13 @@ class Adapted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args:  # layer(input=x)
             args = (kwargs.pop(next(iter(kwargs))),)
-        run = self.frozen
+        run = None
         if not self.merged:
             for name, kind in self.kinds.items():
                 adapter = self.borrowed[name] if name in self.borrowed else self.adapters[name]
                 if adapter.enabled:
                     run = functools.partial(_apply, adapter, kind(self, run))
-        return run(*args, **kwargs)
+        return self.frozen(*args, **kwargs) if run is None else run(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # The class is made at run time, so copies and pickles name what it is made of.

@@ -113,8 +113,7 @@ class Base:
 
     def __init__(self, layer: nn.Module, below: Callable[..., Any] | None = None) -> None:
         self.layer = layer
-        # Not `or`: torch 2.11's dynamo cannot ask a bound method whether it is true.
-        self.below = frozen_forward(layer) if below is None else below
+        self.below = below
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
@@ -122,7 +121,12 @@ class Base:
         Base.kinds.append(cls)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.below(x, *self.args, **self.kwargs)
+        return self.run(x, *self.args, **self.kwargs)
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """The layer beneath: the adapter attached before this one, or the frozen layer itself."""
+        return frozen_forward(self.layer) if self.below is None else self.below
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -222,7 +226,7 @@ class LinearBase(Base):
         adapter beneath, no forward of another kind (quantised, offloaded, sharded), no gradient."""
         layer, weight = self.layer, self.layer.weight
         return (
-            self.below == getattr(layer, "frozen", None)
+            self.below is None
             and layer.instance_forward is None
             and self.reads_plainly(layer.base_class)
             and type(weight) in (Tensor, nn.Parameter)
@@ -402,7 +406,7 @@ class NormBase(Base):
         """What the layer gives with these numbers in place of its own, by its own class's forward;
         what adapters beneath add to the frozen layer's output is added to this."""
         y = self.swapped(x, numbers)
-        if self.below == getattr(self.layer, "frozen", None):
+        if self.below is None:
             return y
         return self(x) + (y - self.swapped(x, self.own()))
 

@@ -120,7 +120,7 @@ def merged_numbers(name: str, layer: Adapted) -> tuple[dict[str, Tensor], dict[s
     Raises: ValueError where the new ones aren't finite or the layer has no place for them.
     """
     W = base_of(layer).probe()
-    run = W.below
+    run = W.run
     for adapter in layer.adapters.values():
         if adapter.enabled:
             link = copy.copy(W)

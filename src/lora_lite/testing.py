@@ -22,6 +22,7 @@ from lora_lite.attach import attach, detach, disabled, plan, strength
 from lora_lite.calibration import Batches
 from lora_lite.checkpoint import load, save
 from lora_lite.merge import delta_weights, merge, merged
+from lora_lite.ops.low_rank import accumulates_in
 from lora_lite.prompts import prompt_hooks
 from lora_lite.steps import schedule
 from lora_lite.training import param_groups, regulariser
@@ -249,10 +250,13 @@ def start_is_as_declared(case: Case) -> None:
     model, x = case.model(), case.input()
     base = case.model(adapted=False)(x)
     if case.variant.starts_as_identity():
-        # One rounding is all that a different order of operations may cost.
-        assert torch.allclose(model(x), base, rtol=2 * torch.finfo(case.dtype).eps, atol=0), (
-            "a fresh adapter changes the output"
-        )
+        y = model(x)
+        # Sums in another order may cost a rounding; elsewhere every bit is the base's.
+        other_order = accumulates_in(base) or (base.is_cuda and case.dtype == torch.float64)
+        if other_order:
+            close(y, base, 4 * torch.finfo(case.dtype).eps, "the output with a fresh adapter")
+        else:
+            same(y, base, "the output with a fresh adapter")
     else:
         assert not torch.equal(model(x), base), "starts as the identity, and says it does not"
 

@@ -15,7 +15,7 @@ from lora_lite.ops.launch import kernels_serve
 
 def gate(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, "*batch d"]:
     """g ⊙ z."""
-    return _Gate.apply(z, g)
+    return _gated(z, g) if torch.compiler.is_compiling() else _Gate.apply(z, g)
 
 
 def turn(
@@ -26,13 +26,22 @@ def turn(
 
     Two rows are for the two halves of a group; one serves both.
     """
-    return _Turn.apply(z, c, s)
+    return _turned(z, c, s) if torch.compiler.is_compiling() else _Turn.apply(z, c, s)
 
 
 def quarter_turn(z: Float[Tensor, "*batch n 2 h"]) -> Float[Tensor, "*batch n 2 h"]:
     """ẑ; its transpose is its negative."""
     first, second = z.unbind(-2)
     return torch.stack([-second, first], dim=-2)
+
+
+def _gated(z: Tensor, g: Tensor) -> Tensor:
+    return (g * z).to(z.dtype)
+
+
+def _turned(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    u = z.unflatten(-1, (-1, 2, c.shape[-1]))
+    return (c * u + s * quarter_turn(u)).flatten(-3).to(z.dtype)
 
 
 def has_kernel(z: Tensor) -> bool:
@@ -54,7 +63,7 @@ class _Gate(torch.autograd.Function):
             from lora_lite.ops import gates_kernels
 
             return gates_kernels.gate(z, g)
-        return (g * z).to(z.dtype)
+        return _gated(z, g)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +84,7 @@ class _Turn(torch.autograd.Function):
             from lora_lite.ops import gates_kernels
 
             return gates_kernels.turn(z, c, s)
-        u = z.unflatten(-1, (-1, 2, c.shape[-1]))
-        return (c * u + s * quarter_turn(u)).flatten(-3).to(z.dtype)
+        return _turned(z, c, s)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
