@@ -100,6 +100,25 @@ def test_pairs_of_both_sides_that_meet(monkeypatch, d_in, d_out, bias, magnitude
         close(fused[key].double(), want, tolerance, key)
 
 
+@pytest.mark.parametrize("magnitude", ["none", "oer_softmax"])
+@pytest.mark.parametrize("d_in, d_out, bias", LAYERS)
+def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, magnitude):
+    hyper = J | dict(selection="topk_ema", magnitude=magnitude)
+    layer = adapted(d_in, d_out, bias, DTYPES[0], "jora", hyper).train()
+    x, g = (torch.randn(300, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    for _ in range(2):
+        y = layer(x)
+        assert "ObservedBackward" not in nodes(y)
+        y.backward(g)
+    own, seen = layer.adapters.default.tensors(), 1 - layer.adapters.default.variant.ema_beta**2
+    for key, t in (("ema_col", x), ("ema_row", g)):
+        close(own[key].double(), seen * t.double().square().mean(0), 1e-5, key)
+    with torch.no_grad():
+        layer.eval()(x).sum()
+    close(own["ema_col"].double(), seen * x.double().square().mean(0), 1e-5, "at rest")
+
+
 def nodes(y):
     """Names of the autograd nodes behind y."""
     seen, left = set(), [y.grad_fn]

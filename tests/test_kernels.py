@@ -211,6 +211,12 @@ def test_row_energy(monkeypatch, n, temperature):
     assert not oer(torch.zeros(n, device=DEVICE)).any()
 
 
+def ema(average, x):
+    average = average.float().clone()
+    selection.ema_([(average, x)], 0.9)
+    return average
+
+
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 @pytest.mark.parametrize("T, d", [(100, 63), (300, 1500), (1, 5)])
@@ -219,8 +225,8 @@ def test_energies_averaged_over_time(monkeypatch, T, d, bad, dtype):
     if bad is not None:
         x[0, 2] = bad
     before = average.clone()
-    want = plain(monkeypatch, lambda a, x: selection.ema_(a.float(), x, 0.9), before, x)
-    selection.ema_(average, x, 0.9)
+    want = plain(monkeypatch, ema, before, x)
+    selection.ema_([(average, x)], 0.9)
     agree(average, want, 2e-6)
     assert torch.equal(average, before) == (bad is not None)
 
@@ -228,7 +234,7 @@ def test_energies_averaged_over_time(monkeypatch, T, d, bad, dtype):
 def test_no_energies_change_nothing():
     average = random(5).abs()
     before = average.clone()
-    selection.ema_(average, random(0, 5), 0.9)
+    selection.ema_([(average, random(0, 5))], 0.9)
     assert torch.equal(average, before)
 
 

@@ -85,14 +85,16 @@ class Adapter(nn.Module):
                 tensors_in = variant.prepare(W, **cast(tensors, wide))
         if variant.casts:
             tensors_in = cast(tensors_in, dtype)
+        if self.training and variant.observes and torch.is_grad_enabled():
+            frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
+            W.observer = functools.partial(variant.observe, **frozen)
         if self.strength != 1:
             run, z = W.run, W(x)
             W.below = lambda h, *rest, **named: z if h is x else run(h, *rest, **named)
         y = variant.forward(x, W, **tensors_in)
         if self.strength != 1:
             y = z + self.strength * (y - z)
-        if self.training and variant.observes and torch.is_grad_enabled():
-            frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
+        if W.observer is not None:  # and nothing took it over
             y = Observed.apply(y, x, variant, tuple(frozen), *frozen.values())
         if checked:
             shapes.check_flow(variant, W, x, y)

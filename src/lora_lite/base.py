@@ -110,6 +110,9 @@ class Base:
     d_in: int
     d_out: int
     prompt: Prompt | None = None
+    observer: Callable[[Any, Any], None] | None = None
+    """In training, shows a method that observes its layer's input x and the gradient g of its
+    output. An op that reads both in its backward may take it over, and leaves None."""
 
     def __init__(self, layer: nn.Module, below: Callable[..., Any] | None = None) -> None:
         self.layer = layer

@@ -31,16 +31,16 @@ def angles(theta: Float[Tensor, " S"], cayley: bool, max_angle: float) -> Float[
 
 def rotation_tables(
     theta: Float[Tensor, " S"],
-    pairs: Int64[Tensor, "S 2"],
-    active: Bool[Tensor, " S"],
+    pairs: Int64[Tensor, "k 2"],
+    active: Bool[Tensor, " k"],
     d: int,
     cayley: bool,
     max_angle: float,
 ) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
-    """The tables (c, s, p) of the rotations of the active pairs by their angles."""
+    """The tables (c, s, p) of the rotations of the active pairs by their angles, the first of θ."""
     if kernels_serve(theta) and theta.dtype == torch.float32:
         return _RotationTables.apply(theta, pairs, active, d, cayley, max_angle)
-    pairs = torch.where(active[:, None], pairs, -1)
+    pairs, theta = torch.where(active[:, None], pairs, -1), theta[: len(pairs)]
     return pair_tables(pairs, rotations(angles(theta, cayley, max_angle)), rest=1.0, d=d)
 
 

@@ -20,8 +20,8 @@ def tables(
     p = torch.empty(d, dtype=torch.int64, device=theta.device)
     launch(
         _tables, (cdiv(d, BLOCK),),
-        theta, pairs, active, c, s, p, d, len(theta), max_angle,
-        cayley, max_angle > 0, BLOCK, SLOTS,
+        theta, pairs, active, c, s, p, d, len(pairs), max_angle,
+        cayley, max_angle > 0, BLOCK, min(SLOTS, block_slots(len(pairs))),
     )  # fmt: skip
     return c, s, p
 
@@ -36,13 +36,17 @@ def tables_backward(
     max_angle: float,
 ) -> Tensor:
     dtheta = torch.empty_like(theta)
-    block = power_of_2(len(theta))
     launch(
         _tables_backward, (1,),
-        dc, ds, theta, pairs, active, dtheta, len(theta), max_angle,
-        cayley, max_angle > 0, block,
+        dc, ds, theta, pairs, active, dtheta, len(theta), len(pairs), max_angle,
+        cayley, max_angle > 0, block_slots(len(theta)),
     )  # fmt: skip
     return dtheta
+
+
+def block_slots(n: int) -> int:
+    """The tile for so many slots, of which there may be none."""
+    return power_of_2(max(n, 1))
 
 
 def apply_pairs(x: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Tensor:
@@ -156,11 +160,11 @@ def _tables(
 
 @triton.jit
 def _tables_backward(
-    dc, ds, theta, pairs, active, dtheta, S, most,
+    dc, ds, theta, pairs, active, dtheta, S, k, most,
     cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, block)
-    on = (slot < S) & (tl.load(active + slot, mask=slot < S, other=0) != 0)
+    on = (slot < k) & (tl.load(active + slot, mask=slot < k, other=0) != 0)
     angle = tl.load(theta + slot, mask=slot < S, other=0.0)
     cos, sin, slope = _rotation(angle, most, cayley, bounded)
     i = tl.load(pairs + 2 * slot, mask=on, other=0)

@@ -61,13 +61,14 @@ def add_rotated(
 
     at: the coordinates of the left's pairs and then of the right's, and how many are the left's.
     On CUDA, for a diagonal C (b = 1), one pass adds and scales where the output lies, and backward
-    makes one for all sums over tokens and the input's gradient, each with a small launch for the
+    makes one for all sums over tokens, which W's observer is shown as energies, and the input's gradient, each with a small launch for the
     coordinates that turn; x is kept, and for s on the output the output itself (with a bias, its
     own).
     """
     if C.shape[1] == 1 and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
-        return _AddRotated.apply(x, W.weight, W.bias, C, *tables, *at, s_1, on_output)
+        observer, W.observer = W.observer, None
+        return _AddRotated.apply(x, W.weight, W.bias, C, *tables, *at, s_1, on_output, observer)
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
 
 
@@ -76,13 +77,14 @@ class _AddRotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, C: Tensor, *rest: Any) -> Tensor:
         from lora_lite.ops import rotated_kernels
 
-        *tables, at, n_left, s_1, on_output = rest
+        *tables, at, n_left, s_1, on_output, observer = rest
         left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
         rows, at = x.reshape(-1, x.shape[-1]).contiguous(), (at, n_left)
         y, u = rotated_kernels.forward(rows @ W.T, rows, C, at, left, right, s_1, b, on_output)
         keep = None if s_1 is None or not on_output else y if b is None else u
         ctx.save_for_backward(rows, W, C, *tables, at[0], s_1, keep)
         ctx.how = n_left, on_output, keep is not None and b is None
+        ctx.observer = observer
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -95,7 +97,7 @@ class _AddRotated(torch.autograd.Function):
         left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
         shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, len(W)).contiguous()
         # With s on the output du = s ⊙ dy; with s on Δ alone du is dy.
-        du, dx, sums = rotated_kernels.backward(
+        du, dx, sums, energies = rotated_kernels.backward(
             dy,
             dy if out is None else out,
             x,
@@ -107,7 +109,10 @@ class _AddRotated(torch.autograd.Function):
             on_output,
             divide,
             ctx.needs_input_grad[0],
+            ctx.observer is not None,
         )
+        if energies is not None:
+            ctx.observer(*energies)
         if dx is not None:
             dx = dx.addmm_(du, W).view(shape)
         q, m = len(C), x.shape[1]
@@ -123,5 +128,6 @@ class _AddRotated(torch.autograd.Function):
             None,
             None,
             None if s_1 is None else ds,
+            None,
             None,
         )

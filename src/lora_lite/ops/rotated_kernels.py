@@ -2,7 +2,7 @@
 launch for the few coordinates that do.
 
 Forward reads x and the output once; backward reads x, the output and its gradient once, for all
-sums over tokens and the input's gradient. A coordinate outside the pairs is its own partner,
+sums over tokens, energies among them, and the input's gradient. A coordinate outside the pairs is its own partner,
 p_i = i, and no pass over all gathers anything.
 """
 
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_lite.ops.launch import cdiv, launch, power_of_2
+from lora_lite.ops.selection import Squares
 
 Table = tuple[Tensor, Tensor, Tensor]
 Pairs = tuple[Tensor, int]
@@ -60,16 +61,17 @@ def backward(
     on_output: bool,
     divide: bool,
     to_input: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    energies: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, tuple[Squares, Squares] | None]:
     """(du, R_Rᵀ Cᵀ R_L (s ⊙ dy) if `to_input`, sums over tokens (6, n): for s_1, C, c_L, s_L, c_R
-    and s_R, the last four at the pairs' coordinates)."""
+    and s_R, the last four at the pairs' coordinates; with `energies` those of x² and of dy²)."""
     (T, n), m = dy.shape, x.shape[1]
     scaled = s_1 is not None
     du = torch.empty_like(dy) if scaled and on_output else dy
     dx = dy.new_empty(T, m) if to_input else None
     columns = cdiv(max(n, m), BLOCK)
     splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, columns)))
-    parts = dy.new_empty(splits, 2, n, dtype=torch.float32)
+    parts = dy.new_empty(splits, 4 if energies else 2, max(n, m), dtype=torch.float32)
     (entries, E_L), E = at, len(at[0])
     sides = (C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C)
     sizes = (T, n, m, len(C), E, E_L)
@@ -77,10 +79,10 @@ def backward(
     launch(
         _backward, (columns, splits),
         dy, out, x, *sides, du, dx if to_input else du, parts, *sizes, cdiv(T, splits),
-        *flags, divide, to_input, ROWS, BLOCK,
+        *flags, divide, to_input, energies, ROWS, BLOCK,
     )  # fmt: skip
     sums = dy.new_zeros(6, n, dtype=torch.float32)
-    torch.sum(parts, 0, out=sums[:2])
+    torch.sum(parts[:, :2, :n], 0, out=sums[:2])
     if E:
         columns = cdiv(E, COLUMNS)
         if to_input:
@@ -98,7 +100,8 @@ def backward(
             _place, (columns, 6 - first_row),
             found, sums, *sides, splits, *sizes, *flags, first_row, power_of_2(splits), COLUMNS,
         )  # fmt: skip
-    return du, dx, sums
+    squares = (Squares(parts[:, 3, :m], T), Squares(parts[:, 2, :n], T)) if energies else None
+    return du, dx, sums, squares
 
 
 def tables(side: Table | None, unused: Tensor) -> Table:
@@ -230,7 +233,8 @@ def _forward_at(
 def _backward(
     dy, out, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, du, dx, parts, T, n, m, q, E, E_L, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    divide: tl.constexpr, to_input: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr,
+    block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
@@ -240,12 +244,17 @@ def _backward(
     scale = 1 + _number(s_1, i, i < n) if scaled else 1.0
     sum_s = tl.zeros((block_t, block), tl.float32)
     sum_C = tl.zeros((block_t, block), tl.float32)
+    squares_g = tl.zeros((block_t, block), tl.float32)
+    squares_x = tl.zeros((block_t, block), tl.float32)
     for first in range(begin, end, block_t):
         t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
         g = _number(dy, t * n + i, (t < end) & (i < n))
-        own = _number(x, t * m + i, (t < end) & (i < q))
+        own = _number(x, t * m + i, (t < end) & (i < (m if energies else q)))
         h = scale * g
         sum_C += h * own
+        if energies:
+            squares_g += g * g
+            squares_x += own * own
         if scaled:
             if on_output:
                 sum_s += g * _number(out, t * n + i, (t < end) & (i < n))
@@ -255,12 +264,16 @@ def _backward(
         if to_input:
             e = (core * h).to(dx.dtype.element_ty)
             tl.store(dx + t * m + i, e, mask=(t < end) & (i < m))
-    at_s = parts + split * 2 * n + i
+    width = tl.maximum(n, m)
+    to = parts + split * (4 if energies else 2) * width + i
     total = tl.sum(sum_s, 0)[None, :]
     if divide:
         total = tl.where(scale == 0, 0.0, total / scale)
-    tl.store(at_s, total, mask=i < n)
-    tl.store(at_s + n, tl.sum(sum_C, 0)[None, :], mask=i < n)
+    tl.store(to, total, mask=i < n)
+    tl.store(to + width, tl.sum(sum_C, 0)[None, :], mask=i < n)
+    if energies:
+        tl.store(to + 2 * width, tl.sum(squares_g, 0)[None, :], mask=i < n)
+        tl.store(to + 3 * width, tl.sum(squares_x, 0)[None, :], mask=i < m)
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 Nothing here waits for the device.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
@@ -18,18 +20,26 @@ def mean_square(x: Float[Tensor, "*batch d"]) -> Float32[Tensor, " d"]:
     return (norms.square() / len(tokens)).float()
 
 
-def ema_(
-    average: Float32[Tensor, " d"], x: Float[Tensor, "*batch d"], beta: float
-) -> Float32[Tensor, " d"]:
-    """average ← β average + (1 − β) mean_square(x), in place; a sample that isn't finite is left
-    out."""
-    if kernels_serve(x) and x.dtype != torch.float64:
+class Squares(NamedTuple):
+    """Σ x_i² over tokens, in parts that some pass over x has summed."""
+
+    parts: Float32[Tensor, "parts d"]
+    tokens: int
+
+
+def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
+    """average ← β average + (1 − β) mean_square(x) for each (average, x), in place; a sample that
+    isn't finite is left out."""
+    x = samples[0][1]
+    if isinstance(x, Squares) or kernels_serve(x) and x.dtype != torch.float64:
         from lora_lite.ops import selection_kernels
 
-        return selection_kernels.ema_(average, x.reshape(-1, x.shape[-1]), beta)
-    sample = mean_square(x)
-    mixed = beta * average + (1 - beta) * sample
-    return average.copy_(torch.where(sample.isfinite().all(), mixed, average))
+        selection_kernels.ema_(samples, beta)
+        return
+    for average, x in samples:
+        sample = mean_square(x)
+        mixed = beta * average + (1 - beta) * sample
+        average.copy_(torch.where(sample.isfinite().all(), mixed, average))
 
 
 def gumbel(d: int, generator: torch.Generator) -> Float32[Tensor, " {d}"]:

@@ -6,12 +6,27 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_lite.ops.launch import cdiv, launch
+from lora_lite.ops.selection import Squares
 
 PROGRAMS = 528
 BLOCK = 128
 
 
-def ema_(average: Tensor, x: Tensor, beta: float) -> Tensor:
+def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
+    found = [(average, x if isinstance(x, Squares) else squares(x)) for average, x in samples]
+    found = [(average, sums) for average, sums in found if sums.tokens]
+    if not found:
+        return
+    arguments, splits = [], []
+    for average, (parts, tokens) in (found[0], found[-1]):
+        arguments += [parts, average, parts.shape[1], parts.stride(0), 1 / tokens]
+        splits.append(len(parts))
+    # One program each: whether every coordinate is finite decides for all.
+    launch(_mix, (len(found),), *arguments, beta, *splits, 4096, warps=16)
+
+
+def squares(x: Tensor) -> Squares:
+    x = x.reshape(-1, x.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
     T, d = x.shape
     columns = cdiv(d, BLOCK)
@@ -22,10 +37,7 @@ def ema_(average: Tensor, x: Tensor, beta: float) -> Tensor:
         x, parts, T, d, cdiv(T, splits), x.stride(0),
         16, BLOCK,
     )  # fmt: skip
-    if T:
-        # One program: whether every coordinate is finite decides for all.
-        launch(_mix, (1,), parts, average, splits, d, 1 / T, beta, 4096, warps=16)
-    return average
+    return Squares(parts, T)
 
 
 @triton.jit
@@ -43,13 +55,26 @@ def _squares(x, parts, T, d, tokens, stride, block_t: tl.constexpr, block: tl.co
 
 
 @triton.jit
-def _mix(parts, average, splits: tl.constexpr, d, share, beta, block: tl.constexpr):
+def _mix(
+    one, average_one, d_one, stride_one, share_one, two, average_two, d_two, stride_two, share_two,
+    beta, splits_one: tl.constexpr, splits_two: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        _mix_one(one, average_one, d_one, stride_one, share_one, beta, splits_one, block)
+    else:
+        _mix_one(two, average_two, d_two, stride_two, share_two, beta, splits_two, block)
+
+
+@triton.jit
+def _mix_one(
+    parts, average, d, stride, share, beta, splits: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
     largest = 0.0
     for first in range(0, d, block):
         i = first + tl.arange(0, block)
         total = tl.zeros((block,), tl.float32)
         for split in tl.static_range(splits):  # all loads under way at once
-            total += tl.load(parts + split * d + i, mask=i < d, other=0.0)
+            total += tl.load(parts + split * stride + i, mask=i < d, other=0.0)
         tl.store(parts + i, total, mask=i < d)
         # Neither NaN nor infinity is below infinity.
         bad = tl.where(total < float("inf"), 0.0, 1.0)

@@ -12,6 +12,7 @@ from lora_lite.base import LinearBase
 from lora_lite.ops.givens import angles, random_pairs, rotation_tables
 from lora_lite.ops.selection import (
     PAIRINGS,
+    Squares,
     disjoint,
     ema_,
     explore,
@@ -33,7 +34,7 @@ THETA = dict(lr=lambda v: v.lr_theta / v.base_lr, decay=False)
 class SelectedRotations(Variant, abstract=True):
     """R_L, R_R turn disjoint pairs of output and of input coordinates by φ = 2 atan(θ/2), or θ.
 
-    A side has S slots, each for a pair and its θ; of both sides' slots k turn. Where selection is
+    A side has S slots, each for a pair and its θ; of both sides' slots k turn, the first of each. Where selection is
     by energy (topk_ema: an average of x_i² on the right, of (dL/dy_i)² on the left), every
     update_interval optimizer steps the slots go to the pairs of the highest. A pair that stays
     keeps its slot and angle; one that enters starts from angle 0, also when it was there before,
@@ -102,7 +103,7 @@ class SelectedRotations(Variant, abstract=True):
             raise ValueError(f"has room for {room} pairs in all, fewer than k={self.k}; lower k")
 
     def check_tensors(self, d_in: int, d_out: int, **t: Tensor) -> None:
-        for side, d in zip("LR", (d_out, d_in)):
+        for side, d, k in zip("LR", (d_out, d_in), self.active_pairs(d_in, d_out)):
             if side in self.sides:
                 pairs, active = t[f"pairs_{side}"], t[f"active_{side}"]
                 if not disjoint(pairs, d):
@@ -111,6 +112,10 @@ class SelectedRotations(Variant, abstract=True):
                     )
                 if (active & (pairs[:, 0] < 0)).any():
                     raise ValueError(f"has active_{side} at slots that hold no pair")
+                if active[k:].any():
+                    raise ValueError(
+                        f"has active_{side} beyond its first {k} slots, where no pair turns"
+                    )
 
     @property
     def sides(self) -> str:
@@ -190,20 +195,22 @@ class SelectedRotations(Variant, abstract=True):
     def tables(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """R_L and R_R, as "L" and "R", by the tables (c, s, p) of `apply_pairs`."""
         out = {}
-        for side, d in zip("LR", (d_out, d_in)):
+        for side, d, k in zip("LR", (d_out, d_in), self.active_pairs(d_in, d_out)):
             if side in self.sides:
+                theta, pairs, active = (t[f"{key}_{side}"] for key in ("theta", "pairs", "active"))
+                by_cayley = self.rotation_param == "cayley"
                 out[side] = rotation_tables(
-                    *(t[f"{name}_{side}"] for name in ("theta", "pairs", "active")),
-                    d,
-                    self.rotation_param == "cayley",
-                    self.max_angle,
+                    theta, pairs[:k], active[:k], d, by_cayley, self.max_angle
                 )
         return out
 
-    def turning_coordinates(self, **t: Tensor) -> tuple[Int64[Tensor, " n"], int]:
-        """The coordinates of both sides' slots, the left's first, and how many are the left's; −1
-        for an empty slot."""
-        pairs = {side: t[f"pairs_{side}"].flatten() for side in self.sides}
+    def turning_coordinates(
+        self, d_in: int, d_out: int, **t: Tensor
+    ) -> tuple[Int64[Tensor, " n"], int]:
+        """The coordinates of the slots whose pairs may turn, the left's first, and how many are the
+        left's; −1 for an empty slot."""
+        counts = zip("LR", self.active_pairs(d_in, d_out))
+        pairs = {side: t[f"pairs_{side}"][:k].flatten() for side, k in counts if side in self.sides}
         left = len(pairs.get("L", ()))
         if not pairs:
             return next(iter(t.values())).new_empty(0, dtype=torch.int64), 0
@@ -213,10 +220,9 @@ class SelectedRotations(Variant, abstract=True):
         """The angle of θ, in radians."""
         return angles(theta, self.rotation_param == "cayley", self.max_angle)
 
-    def observe(self, x: Tensor, g: Tensor, **t: Tensor) -> None:
-        for side, sample in (("L", g), ("R", x)):
-            if side in self.sides:
-                ema_(t[ENERGY[side]], sample, self.ema_beta)
+    def observe(self, x: Tensor | Squares, g: Tensor | Squares, **t: Tensor) -> None:
+        samples = [(t[ENERGY[side]], s) for side, s in (("L", g), ("R", x)) if side in self.sides]
+        ema_(samples, self.ema_beta)
 
     def step(self, tensors: dict[str, Tensor], now: Step) -> None:
         if self.selection == "random" and self.warms_up and self.chooses_at(now.number):

@@ -215,7 +215,7 @@ class JORA(SelectedRotations):
             rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
             out["C"] = torch.cat([t["blocks"].flatten(0, 1), rem])
         if "C" in out:
-            out["at"] = self.turning_coordinates(**t)
+            out["at"] = self.turning_coordinates(W.d_in, W.d_out, **t)
         return out
 
     def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
