@@ -15,8 +15,8 @@ def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
     block_t = 32
     launch(
         _down, (cdiv(T, block_t),),
-        x, A, h, T, d, r, x.stride(0), scale,
-        block_t, 256 if r <= 32 else 64, block_rows(r),
+        x, A, h, T, d, x.stride(0), scale,
+        r, block_t, 256 if r <= 32 else 64, block_rows(r),
         stages=5 if r <= 32 else 3,
     )  # fmt: skip
     return h
@@ -30,8 +30,8 @@ def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     block_t, block_n = 64, 128
     launch(
         _up, (cdiv(T, block_t), cdiv(n, block_n)),
-        h, B, b, y, T, n, r, *B.stride(), b.stride(0),
-        axes, block_t, block_n, block_rows(r),
+        h, B, b, y, T, n, *B.stride(), b.stride(0),
+        r, axes, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y
 
@@ -45,8 +45,8 @@ def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     parts = g.new_empty(splits, n, r, dtype=torch.float32)
     launch(
         _outer, (tiles, splits),
-        g, h, parts, T, n, r, cdiv(T, splits), g.stride(0),
-        64, block_n, block_rows(r),
+        g, h, parts, T, n, cdiv(T, splits), g.stride(0),
+        r, 64, block_n, block_rows(r),
         stages=4,
     )  # fmt: skip
     return fold((parts, dtype))[0]
@@ -74,19 +74,20 @@ def _both(
 ) -> tuple[Tensor, ...]:
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
-    block_t, block_n = 128 if scaled or r > 32 else 256, 64 if r <= 64 else 32
-    rows = cdiv(T, block_t)
-    splits = max(1, min(cdiv(n, block_n), cdiv(PROGRAMS // 2, rows)))
-    columns = cdiv(cdiv(n, splits), block_n) * block_n
-    dp = g.new_empty(splits, T, r, dtype=torch.float32)
-    dB = g.new_empty(rows, n, r, dtype=torch.float32)
+    block_t, block_n = 64, 256 if r <= 32 else 128
+    tiles = cdiv(n, block_n)
+    tokens = cdiv(cdiv(T, max(1, PROGRAMS // 2 // tiles)), block_t) * block_t
+    splits = cdiv(T, tokens)
+    dp = g.new_empty(tiles, T, r, dtype=torch.float32)
+    dB = g.new_empty(splits, n, r, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
-    sums = g.new_empty(rows, n, dtype=torch.float32) if scaled else dp
+    sums = g.new_empty(splits, n, dtype=torch.float32) if scaled else dp
     launch(
-        _down_and_outer, (rows, splits),
+        _down_and_outer, (tiles, splits),
         g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
-        T, n, r, columns, scale,
-        scaled, divide, block_t, block_n, block_rows(r),
+        T, n, tokens, scale,
+        r, scaled, divide, 3, block_t, block_n, block_rows(r),
+        warps=8,
     )  # fmt: skip
     parts = [(dp, g.dtype), (dB, B.dtype)] + ([(sums, g_1.dtype)] if scaled else [])
     return du, *fold(*parts)
@@ -101,8 +102,8 @@ def scaled_up(
     block_t, block_n = 64, 128
     launch(
         _scaled_up, (cdiv(T, block_t), cdiv(n, block_n)),
-        z, h, B, g_1, b if biased else g_1, y, T, n, r,
-        biased, block_t, block_n, block_rows(r),
+        z, h, B, g_1, b if biased else g_1, y, T, n,
+        r, biased, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y, z
 
@@ -126,7 +127,7 @@ def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
     launch."""
     out = [p.new_empty(p.shape[1:], dtype=dtype) for p, dtype in parts]
     last = len(parts) - 1
-    arguments, ends, block = [], [], 512
+    arguments, ends, block = [], [], 128
     for k in range(3):
         part, sums = parts[min(k, last)][0], out[min(k, last)]
         programs = cdiv(sums.numel(), block) if k <= last else 0
@@ -156,8 +157,8 @@ def block_rows(r: int) -> int:
 
 @triton.jit
 def _down(
-    x, A, h, T, d, r, stride, scale,
-    block_t: tl.constexpr, block_d: tl.constexpr, block_r: tl.constexpr,
+    x, A, h, T, d, stride, scale,
+    r: tl.constexpr, block_t: tl.constexpr, block_d: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
     k, q = tl.arange(0, block_d), tl.arange(0, block_r)
@@ -177,8 +178,8 @@ def _down(
 
 @triton.jit
 def _up(
-    h, B, b, y, T, n, r, B_row, B_column, b_row,
-    axes: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    h, B, b, y, T, n, B_row, B_column, b_row, r: tl.constexpr, axes: tl.constexpr,
+    block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
     i = tl.program_id(1) * block_n + tl.arange(0, block_n)
@@ -212,10 +213,11 @@ def _fold(
 @triton.jit
 def _fold_block(parts, out, count, size, program, block: tl.constexpr):
     at = program * block + tl.arange(0, block)
-    total = tl.zeros((block,), tl.float32)
-    for part in range(count):
-        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+    total = tl.zeros((16, block), tl.float32)
+    for first in range(0, count, 16):
+        part = (first + tl.arange(0, 16)).to(tl.int64)[:, None]
+        total += tl.load(parts + part * size + at, mask=(part < count) & (at < size), other=0.0)
+    tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
@@ -241,8 +243,8 @@ def _row_norms(
 
 @triton.jit
 def _outer(
-    g, h, part, T, n, r, tokens, stride,
-    block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    g, h, part, T, n, tokens, stride,
+    r: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * block_n + tl.arange(0, block_n)
     split = tl.program_id(1)
@@ -261,44 +263,53 @@ def _outer(
 
 @triton.jit
 def _down_and_outer(
-    g, out, g_1, B, h, du, dp, dB, sums, T, n, r, columns, scale,
-    scaled: tl.constexpr, divide: tl.constexpr,
+    g, out, g_1, B, h, du, dp, dB, sums, T, n, tokens, scale,
+    r: tl.constexpr, scaled: tl.constexpr, divide: tl.constexpr, stages: tl.constexpr,
     block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    t = row * block_t + tl.arange(0, block_t)
-    q = tl.arange(0, block_r)
-    h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < T) & (q < r), other=0.0)
-    total = tl.zeros((block_t, block_r), tl.float32)
-    begin = split * columns
-    end = tl.minimum(begin + columns, n)
-    for first in range(begin, end, block_n):
-        i = first + tl.arange(0, block_n)
-        at, inside = t[:, None] * n + i, (t[:, None] < T) & (i < end)
+    column, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i, q = column * block_n + tl.arange(0, block_n), tl.arange(0, block_r)
+    of_B = (i[:, None] < n) & (q < r)
+    factor = tl.load(B + i[:, None] * r + q, mask=of_B, other=0.0)
+    if scaled:
+        # The factor goes to B and to the sum over the tokens: both products then take the tile of
+        # g as it came into shared memory.
+        s = 1 + tl.load(g_1 + i, mask=i < n, other=0.0).to(tl.float32)
+        of_rows = 1 + tl.load(g_1 + i[:, None], mask=i[:, None] < n, other=0.0).to(tl.float32)
+        factor = of_rows * factor.to(tl.float32)
+        dg = tl.zeros((16, block_n), tl.float32)
+    factor = factor.to(g.dtype.element_ty)
+    total = tl.zeros((block_n, block_r), tl.float32)
+    begin = split * tokens
+    end = tl.minimum(begin + tokens, T)
+    # With its own number of stages a loop also fetches ahead what no product takes: out.
+    for first in tl.range(begin, end, block_t, num_stages=stages):
+        t = first + tl.arange(0, block_t)[:, None]
+        at, inside, of_h = t * n + i, (t < end) & (i < n), (t < end) & (q < r)
+        h_tile = tl.load(h + t * r + q, mask=of_h, other=0.0)
         g_tile = tl.load(g + at, mask=inside, other=0.0)
         if scaled:
-            out_tile = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
             wide = g_tile.to(tl.float32)
-            s = 1 + tl.load(g_1 + i, mask=i < end, other=0.0).to(tl.float32)
-            dg = tl.sum(wide * out_tile, 0)
-            if divide:
-                dg = tl.where(s == 0, 0.0, dg / s)
-            tl.store(sums + row * n + i, dg, mask=i < end)
-            g_tile = (wide * s).to(g_tile.dtype)
-            tl.store(du + at, g_tile, mask=inside)
-        B_tile = tl.load(B + i[:, None] * r + q, mask=(i[:, None] < end) & (q < r), other=0.0)
-        total = tl.dot(g_tile, B_tile.to(g_tile.dtype), total)
-        share = tl.dot(tl.trans(g_tile), h_tile)
-        tl.store(dB + row * n * r + i[:, None] * r + q, share, mask=(i[:, None] < end) & (q < r))
-    tl.store(
-        dp + split * T * r + t[:, None] * r + q, total * scale, mask=(t[:, None] < T) & (q < r)
-    )
+            terms = wide * tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+            # Rows 16 apart lie in one thread.
+            dg += tl.sum(tl.reshape(terms, (block_t // 16, 16, block_n)), 0)
+            tl.store(du + at, (s * wide).to(g_tile.dtype), mask=inside)
+        share = tl.dot(g_tile, factor)
+        tl.store(dp + (column * T + t) * r + q, scale * share, mask=of_h)
+        total = tl.dot(tl.trans(g_tile), h_tile, total)
+    if scaled:
+        total = of_rows * total
+        dg = tl.sum(dg, 0)
+        if divide:
+            dg = tl.where(s == 0, 0.0, dg / s)
+        tl.store(sums + split * n + i, dg, mask=i < n)
+    tl.store(dB + (split * n + i[:, None]) * r + q, total, mask=of_B)
 
 
 @triton.jit
 def _scaled_up(
-    z, h, B, g_1, b, y, T, n, r,
-    biased: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    z, h, B, g_1, b, y, T, n, r: tl.constexpr, biased: tl.constexpr,
+    block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
     i = tl.program_id(1) * block_n + tl.arange(0, block_n)
