@@ -112,12 +112,12 @@ def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> T
     """‖(W + scale · B A)_i‖, with `norms` where B's row is zero."""
     (n, d), r = W.shape, len(A)
     out = torch.empty_like(norms)
-    block_i = 32
+    block_i, block_r = 32, block_rows(r)
     launch(
         _row_norms, (cdiv(n, block_i),),
-        W, B.contiguous(), A.contiguous(), norms, out, n, d, r, *W.stride(), scale,
-        "ieee" if W.dtype == torch.float32 else "tf32", block_i, 128, block_rows(r),
-        stages=4,
+        W, B.contiguous(), A.contiguous(), norms, out, n, d, *W.stride(), scale,
+        r, "ieee" if W.dtype == torch.float32 else "tf32", 3, block_i, 4096 // block_r, block_r,
+        warps=8,
     )  # fmt: skip
     return out
 
@@ -222,19 +222,21 @@ def _fold_block(parts, out, count, size, program, block: tl.constexpr):
 
 @triton.jit
 def _row_norms(
-    W, B, A, norms, out, n, d, r, W_row, W_column, scale, precision: tl.constexpr,
+    W, B, A, norms, out, n, d, W_row, W_column, scale,
+    r: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr,
     block_i: tl.constexpr, block_j: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * block_i + tl.arange(0, block_i)
     q, k = tl.arange(0, block_r), tl.arange(0, block_j)
     B_tile = tl.load(B + i[:, None] * r + q, mask=(i[:, None] < n) & (q < r), other=0.0)
     total = tl.zeros((block_i, block_j), tl.float32)
-    for first in range(0, d, block_j):
+    # As in _down_and_outer: W is no factor of a product.
+    for first in tl.range(0, d, block_j, num_stages=stages):
         j = first + k
         A_tile = tl.load(A + q[:, None] * d + j, mask=(q[:, None] < r) & (j < d), other=0.0)
         at = W + i[:, None].to(tl.int64) * W_row + j * W_column
         w = tl.load(at, mask=(i[:, None] < n) & (j < d), other=0.0).to(tl.float32)
-        w += scale * tl.dot(B_tile, A_tile, input_precision=precision)
+        w = tl.dot(scale * B_tile, A_tile, w, input_precision=precision)
         total += w * w
     moved = tl.max(tl.abs(B_tile), 1) > 0
     norm = tl.where(moved, tl.sqrt(tl.sum(total, 1)), tl.load(norms + i, mask=i < n, other=0.0))
