@@ -78,8 +78,11 @@ def twins(monkeypatch, f, args, tolerance):
 
 
 @pytest.mark.parametrize("wide_factors", [False, True])
-@pytest.mark.parametrize("T, n, r", [(256, 63, 5), (300, 129, 16), (513, 200, 33), (1023, 64, 128)])
-def test_skinny_products(monkeypatch, T, n, r, wide_factors):
+@pytest.mark.parametrize(
+    "T, n, r",
+    [(256, 63, 5), (300, 129, 16), (513, 200, 33), (1023, 64, 128), (256, 1000, 8), (2100, 300, 1)],
+)
+def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
     small = torch.float32 if wide_factors else HALF
     g, out, z = (random(T, n, dtype=HALF) for _ in range(3))
     h, A, B = random(T, r, dtype=HALF), random(r, n, dtype=small), random(n, r, dtype=small)
@@ -117,6 +120,40 @@ def test_skinny_products_take_strided_rows(monkeypatch):
         h = random(300, 8, dtype=HALF)
         want = plain(monkeypatch, skinny.up, h, A.T, strided)
         agree(skinny.up(h, A.T, strided), want, ROUNDING[HALF])
+
+
+def test_skinny_sums_are_the_same_in_every_run():
+    g, out, h = (random(2100, k, dtype=HALF) for k in (300, 300, 8))
+    B, g_1 = random(300, 8), random(300)
+    first, second = (skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_scale_of_zero_has_no_gradient(monkeypatch):
+    """The output tells nothing of what it scaled, and what lies behind it gets none either."""
+    g, out, h = (random(300, k, dtype=HALF) for k in (40, 40, 4))
+    B, g_1 = random(40, 4), random(40)
+    g_1[7] = -1
+    du, dp, dB, dg = skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True)
+    assert not du[:, 7].any() and not dB[7].any() and dg[7] == 0
+    for t in (du, dp, dB, dg):
+        assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("n, d, r", [(33, 63, 1), (70, 1000, 8), (31, 300, 33), (64, 129, 128)])
+def test_row_norms(poisoned, n, d, r, dtype):
+    from lora_lite.ops import skinny_kernels
+
+    W, B, A = random(n, d, dtype=dtype), random(n, r), random(r, d)
+    B[3] = 0
+    norms = random(n).abs()
+    want = (W.double() + 0.25 * B.double() @ A.double()).norm(dim=1)
+    for weight in (W, W.T.contiguous().T):
+        got = skinny_kernels.row_norms(weight, B, A, 0.25, norms)
+        assert got[3] == norms[3]
+        got[3] = want[3]
+        agree(got, want, 1e-3 if CUDA and dtype != torch.float32 else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])

@@ -1,5 +1,6 @@
 """Launching Triton kernels at little cost to the host."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +39,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
         _compiled[key] = compiled[(*grid, 1, 1)[:3]]
 
 
-# triton's own pass for compile-time functions, and cost the host several times as much.
+@cache
+def _shared_memory_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def shared_memory_bytes(t: Tensor) -> int:
+    """What one block may have where t lies."""
+    return _shared_memory_bytes(t.device) if t.is_cuda else 1 << 30
+
+
+# Triton's own are compile-time functions, which cost the host several times as much.
 
 
 def cdiv(a: int, b: int) -> int:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import cdiv, launch, power_of_2
+from lora_lite.ops.launch import cdiv, launch, power_of_2, shared_memory_bytes
 
 
 def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
@@ -78,6 +78,8 @@ def _both(
     tiles = cdiv(n, block_n)
     tokens = cdiv(cdiv(T, max(1, PROGRAMS // 2 // tiles)), block_t) * block_t
     splits = cdiv(T, tokens)
+    # Small GPUs have no room for three stages of two tiles.
+    stages = 2 if scaled and shared_memory_bytes(g) < 160 * 1024 else 3
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
     dB = g.new_empty(splits, n, r, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
@@ -86,7 +88,7 @@ def _both(
         _down_and_outer, (tiles, splits),
         g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
         T, n, tokens, scale,
-        r, scaled, divide, 3, block_t, block_n, block_rows(r),
+        r, scaled, divide, stages, block_t, block_n, block_rows(r),
         warps=8,
     )  # fmt: skip
     parts = [(dp, g.dtype), (dB, B.dtype)] + ([(sums, g_1.dtype)] if scaled else [])
