@@ -71,23 +71,28 @@ def test_fused_equals_plain(monkeypatch, variant, hyperparameters, d_in, d_out, 
         close(fused[key].double(), want, tolerance, f"{variant}: {key}")
 
 
+@pytest.mark.parametrize(
+    "core", [{}, dict(core="block", block_size=4), dict(core="block", block_size=5)]
+)
 @pytest.mark.parametrize("magnitude_on", ["output", "delta"])
 @pytest.mark.parametrize("magnitude", ["none", "oer_softmax"])
 @pytest.mark.parametrize("d_in, d_out, bias", LAYERS)
-def test_pairs_of_both_sides_that_meet(monkeypatch, d_in, d_out, bias, magnitude, magnitude_on):
+def test_pairs_of_both_sides_that_meet(
+    monkeypatch, d_in, d_out, bias, magnitude, magnitude_on, core
+):
     """In one coordinate, in both, beyond the core, at angle 0, resting, and in empty slots."""
-    hyper = dict(S_L=8, S_R=8, k=6, zero_init_core=False, selection="random", magnitude=magnitude)
-    layer = adapted(d_in, d_out, bias, DTYPES[0], "jora", hyper | dict(magnitude_on=magnitude_on))
+    hyper = dict(S_L=6, S_R=6, k=12, zero_init_core=False, selection="random", magnitude=magnitude)
+    layer = adapted(
+        d_in, d_out, bias, DTYPES[0], "jora", hyper | core | dict(magnitude_on=magnitude_on)
+    )
     own = layer.adapters.default.tensors()
     for side, d, pairs in (
         ("L", d_out, [[0, 5], [3, 7], [8, 9], [d_out - 1, 20], [-1, -1], [12, 13]]),
         ("R", d_in, [[5, 1], [7, 3], [8, 12], [d_in - 1, 21], [14, 15], [-1, -1]]),
     ):
         assert max(map(max, pairs)) < d
-        own[f"pairs_{side}"].copy_(torch.tensor(pairs + [[-1, -1]] * 2))
-        own[f"active_{side}"].copy_(
-            torch.tensor([1, 1, side == "R", 1, side == "R", 1, 0, 0]).bool()
-        )
+        own[f"pairs_{side}"].copy_(torch.tensor(pairs))
+        own[f"active_{side}"].copy_(torch.tensor([1, 1, side == "R", 1, side == "R", 1]).bool())
         own[f"theta_{side}"].data[1] = 0
     own["active_R"][5] = False
     x, g = (torch.randn(300, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
@@ -100,10 +105,11 @@ def test_pairs_of_both_sides_that_meet(monkeypatch, d_in, d_out, bias, magnitude
         close(fused[key].double(), want, tolerance, key)
 
 
+@pytest.mark.parametrize("core", ["diag", "block"])
 @pytest.mark.parametrize("magnitude", ["none", "oer_softmax"])
 @pytest.mark.parametrize("d_in, d_out, bias", LAYERS)
-def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, magnitude):
-    hyper = J | dict(selection="topk_ema", magnitude=magnitude)
+def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, magnitude, core):
+    hyper = J | dict(selection="topk_ema", magnitude=magnitude, core=core)
     layer = adapted(d_in, d_out, bias, DTYPES[0], "jora", hyper).train()
     x, g = (torch.randn(300, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import block_columns
+from lora_lite.ops.blocks import MOST_COLUMNS, block_columns
 from lora_lite.ops.givens import apply_pairs
 from lora_lite.ops.low_rank import accumulates, scaled
 
@@ -60,12 +60,12 @@ def add_rotated(
     """s ⊙ (W x + Δ) + b, or W x + s ⊙ Δ + b, with Δ = R_Lᵀ C R_R x and s = 1 + s_1, or 1.
 
     at: the coordinates of the left's pairs and then of the right's, and how many are the left's.
-    On CUDA, for a diagonal C (b = 1), one pass adds and scales where the output lies, and backward
-    makes one for all sums over tokens, which W's observer is shown as energies, and the input's gradient, each with a small launch for the
-    coordinates that turn; x is kept, and for s on the output the output itself (with a bias, its
-    own).
+    On CUDA one pass adds and scales where the output lies, and backward makes one for all sums over
+    tokens, the energies that W's observer is shown among them, and the input's gradient, each with
+    a small launch for the coordinates that turn; x is kept, and for s on the output the output
+    itself (with a bias, its own).
     """
-    if C.shape[1] == 1 and accumulates(W, x):
+    if C.shape[1] <= MOST_COLUMNS and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
         observer, W.observer = W.observer, None
         return _AddRotated.apply(x, W.weight, W.bias, C, *tables, *at, s_1, on_output, observer)
@@ -97,7 +97,7 @@ class _AddRotated(torch.autograd.Function):
         left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
         shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, len(W)).contiguous()
         # With s on the output du = s ⊙ dy; with s on Δ alone du is dy.
-        du, dx, sums, energies = rotated_kernels.backward(
+        du, dx, dC, sums, energies = rotated_kernels.backward(
             dy,
             dy if out is None else out,
             x,
@@ -116,13 +116,13 @@ class _AddRotated(torch.autograd.Function):
         if dx is not None:
             dx = dx.addmm_(du, W).view(shape)
         q, m = len(C), x.shape[1]
-        ds, dC, dc_L, ds_L, dc_R, ds_R = sums
+        ds, _, dc_L, ds_L, dc_R, ds_R = sums
         wide = lambda t: t if q == m == len(W) else F.pad(t[:q], (0, m - q))
         return (
             dx,
             None,
             None,
-            dC[:q, None],
+            dC,
             *((dc_L, ds_L, None) if left else (None,) * 3),
             *((wide(dc_R), wide(ds_R), None) if right else (None,) * 3),
             None,

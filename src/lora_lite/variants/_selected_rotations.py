@@ -34,12 +34,12 @@ THETA = dict(lr=lambda v: v.lr_theta / v.base_lr, decay=False)
 class SelectedRotations(Variant, abstract=True):
     """R_L, R_R turn disjoint pairs of output and of input coordinates by φ = 2 atan(θ/2), or θ.
 
-    A side has S slots, each for a pair and its θ; of both sides' slots k turn, the first of each. Where selection is
-    by energy (topk_ema: an average of x_i² on the right, of (dL/dy_i)² on the left), every
-    update_interval optimizer steps the slots go to the pairs of the highest. A pair that stays
-    keeps its slot and angle; one that enters starts from angle 0, also when it was there before,
-    so that only what leaves moves the function. With t_stat none turns until that step, and those
-    chosen then stay. random: k pairs from the seed, for good; none: all S, likewise.
+    A side has S slots, each for a pair and its θ; of both sides' slots k turn, the first of each.
+    Where selection is by energy (topk_ema: an average of x_i² on the right, of (dL/dy_i)² on the
+    left), every update_interval optimizer steps the slots go to the pairs of the highest. A pair
+    that stays keeps its slot and angle; one that enters starts from angle 0, also when it was there
+    before, so that only what leaves moves the function. With t_stat none turns until that step, and
+    those chosen then stay. random: k pairs from the seed, for good; none: all S, likewise.
     """
 
     S_L: int = 32
