@@ -378,7 +378,6 @@ def _backward_blocks(
     core, entry, has_entry = _core_tile(C, first, q, width, whole, wide)
     kind: tl.constexpr = x.dtype.element_ty
     core = core.to(kind)
-    rests = _turns(p_L, i, i < n, left) == 0
     scale = 1 + _number(s_1, i, valid & (i < n)) if scaled else 1.0
     sum_s = tl.zeros((1, wide), tl.float32)
     squares_g = tl.zeros((1, wide), tl.float32)
@@ -402,7 +401,7 @@ def _backward_blocks(
         h, u = tl.where(i < q, h, 0.0).to(kind), tl.where(i < q, u, 0.0).to(kind)
         sum_C = tl.dot(tl.trans(u), h, sum_C)
         if scaled and not on_output:
-            sum_s += tl.sum(tl.where(rests, g * tl.dot(u, core), 0.0), 0)[None, :]
+            sum_s += tl.sum(g * tl.dot(u, core), 0)[None, :]
         if to_input:
             e = tl.dot(h, tl.trans(core)).to(dx.dtype.element_ty)
             tl.store(dx + t * m + i, e, mask=here & (i < m))
