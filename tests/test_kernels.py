@@ -77,6 +77,15 @@ def twins(monkeypatch, f, args, tolerance):
         agree(a, b, tolerance)
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("wide_factors", [False, True])
 @pytest.mark.parametrize(
     "T, n, r",
@@ -168,25 +177,40 @@ def test_block_rows(monkeypatch, T, n, b, dtype):
         used = []
         from lora_lite.ops import blocks_kernels
 
-        real = blocks_kernels.block_rows
-        patch.setattr(blocks_kernels, "block_rows", lambda *a: used.append(1) or real(*a))
+        real = blocks_kernels.butterflies
+        patch.setattr(blocks_kernels, "butterflies", lambda *a: used.append(1) or real(*a))
         for f in (blocks.add_block_rows, blocks.block_rows, blocks.block_columns):
             twins(patch, f, [x, R], ROUNDING[dtype])
     assert len(used) == 3
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
+# The tile's 64 columns hold all levels of a butterfly, or all but the last, two or three; whole
+# groups do not fill them, or there are more of these than one tile holds.
 @pytest.mark.parametrize(
-    "n, b, level", [(4, 4, 1), (8, 2, 3), (6, 6, 1), (16, 8, 2), (4, 64, 1), (8, 32, 2), (96, 2, 5)]
+    "n, b, m",
+    [(4, 4, 2), (8, 2, 4), (6, 6, 2), (16, 6, 5), (20, 8, 3), (4, 64, 2), (8, 32, 4), (96, 2, 6)],
 )
-def test_butterflies(monkeypatch, n, b, level, dtype):
+def test_butterflies(monkeypatch, poisoned, n, b, m, dtype):
     if dtype == torch.float32:
         monkeypatch.setattr(blocks, "has_kernel", lambda x, b: launch.kernels_serve(x))
         if CUDA:
             pytest.skip("float32 takes the plain form there")
-    x, R = random(70, n * b, dtype=dtype), random(n, b, b, dtype=dtype, scale=0.1)
-    butterfly = lambda x, R: blocks.add_butterfly_rows(x, R, level)
-    twins(monkeypatch, butterfly, [x, R], ROUNDING[dtype])
+    x, R = random(70, n * b, dtype=dtype), random(m, n, b, b, scale=0.3 / b**0.5)
+    twins(monkeypatch, blocks.add_butterflies, [x, R], ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("d, b, m, passes", [(64, 8, 4, 1), (128, 8, 5, 2), (256, 64, 3, 3)])
+def test_passes_of_butterflies(monkeypatch, d, b, m, passes):
+    from lora_lite.ops import blocks_kernels
+
+    real, seen = blocks_kernels.butterflies, []
+    monkeypatch.setattr(
+        blocks_kernels, "butterflies", lambda *args: seen.append(args) or real(*args)
+    )
+    x = random(5, d, dtype=HALF)
+    assert torch.equal(blocks.add_butterflies(x, torch.zeros(m, d // b, b, b, device=DEVICE)), x)
+    assert len(seen) == passes
 
 
 def test_one_block_serves_all(monkeypatch):
@@ -273,15 +297,6 @@ def test_no_energies_change_nothing():
     before = average.clone()
     selection.ema_([(average, random(0, 5))], 0.9)
     assert torch.equal(average, before)
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that nobody has written holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

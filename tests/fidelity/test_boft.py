@@ -28,7 +28,7 @@ from reference import (
 import lora_lite as ll
 from lora_lite import shapes
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import add_butterfly_rows, drop_blocks
+from lora_lite.ops.blocks import add_butterflies, drop_blocks
 
 LAWS = {"boft": [dict(block_size=4, m=2), dict(n_blocks=2), dict(block_size=2, m=3)]}
 KEPT = {"boft": (dict(block_size=8, m=2), 2 * 96 + 160)}
@@ -172,7 +172,8 @@ def test_is_dense_from_as_many_levels_as_the_paper_says(d, b):
 def test_levels_as_in_figure_4():
     """Inputs 1 … 8 in pairs that are 1, 2 and 4 apart."""
     for level in range(3):
-        z = add_butterfly_rows(torch.eye(8), torch.ones(4, 2, 2), level) - torch.eye(8)
+        R = torch.zeros(3, 4, 2, 2).index_fill(0, torch.tensor(level), 1)
+        z = add_butterflies(torch.eye(8), R) - torch.eye(8)
         for i in range(8):
             assert sorted(z[i].nonzero().flatten().tolist()) == sorted({i, i ^ (1 << level)})
 

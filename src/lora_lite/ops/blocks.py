@@ -17,7 +17,7 @@ def block_rows(
 ) -> Float[Tensor, "*batch d"]:
     """x blockdiag(R_1, …, R_n), x in rows, d = n·b; a single block (n = 1) serves all."""
     if has_kernel(x, R.shape[-1]):
-        return _BlockRows.apply(x, R.expand(x.shape[-1] // R.shape[-1], -1, -1), 1, False)
+        return _Butterflies.apply(x, for_all(R, x)[None], 0, False)
     blocks = x.unflatten(-1, (-1, R.shape[-1]))
     return torch.einsum("...nb,nbc->...nc", blocks, R).flatten(-2)
 
@@ -40,24 +40,39 @@ def add_block_rows(
     x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"]
 ) -> Float[Tensor, "*batch d"]:
     """x + x blockdiag(R_1, …, R_n): what is small in R stays exact beside the identity."""
-    return add_butterfly_rows(x, R, 0)
+    return add_butterflies(x, for_all(R, x)[None])
 
 
-def add_butterfly_rows(
-    x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"], level: int
+def add_butterflies(
+    x: Float[Tensor, "*batch d"], R: Float[Tensor, "m n b b"]
 ) -> Float[Tensor, "*batch d"]:
-    """x + x Π blockdiag(R_1, …, R_n) Πᵀ: blocks whose halves lie 2^level halves apart in x.
+    """x (I + B_{m−1}) ⋯ (I + B_0), B_i = Π_i blockdiag(R_i) Π_iᵀ: the halves of a block of B_i lie
+    2^i halves apart in x.
 
-    On CUDA the kernel reads and writes them where they lie.
+    On CUDA one pass over x serves all levels whose 2^i b columns fit a tile, and one each other.
     """
-    n, apart, half = x.shape[-1] // R.shape[-1], 2**level, R.shape[-1] // 2
-    if has_kernel(x, R.shape[-1]):
-        return _BlockRows.apply(x, R.expand(n, -1, -1), apart, True)
-    if level == 0:
-        return x + block_rows(x, R)
-    z = x.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
-    z = block_rows(z, R).unflatten(-1, (-1, apart, 2, half))
-    return x + z.transpose(-3, -2).flatten(-4)
+    m, b = len(R), R.shape[-1]
+    if has_kernel(x, b):
+        near = min(m, levels_of_a_tile(b))
+        low, *far = R.split([near] + [1] * (m - near))
+        for i in reversed(range(near, m)):
+            x = _Butterflies.apply(x, far[i - near], i, True)
+        return _Butterflies.apply(x, low, 0, True)
+    for i in reversed(range(m)):
+        z = x.unflatten(-1, (-1, 2, 2**i, b // 2)).transpose(-3, -2).flatten(-4) if i else x
+        z = block_rows(z, R[i].to(x.dtype))
+        x = x + (z.unflatten(-1, (-1, 2**i, 2, b // 2)).transpose(-3, -2).flatten(-4) if i else z)
+    return x
+
+
+def for_all(R: Float[Tensor, "k b b"], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "n b b"]:
+    """A block for each b columns of x."""
+    return R.expand(x.shape[-1] // R.shape[-1], -1, -1)
+
+
+def levels_of_a_tile(b: int) -> int:
+    """How many levels of a butterfly mix no further than `MOST_COLUMNS` neighbours."""
+    return (MOST_COLUMNS // b).bit_length()
 
 
 def drop_blocks(R: Float[Tensor, "m n b b"], p: float) -> Float[Tensor, "m n b b"]:
@@ -75,15 +90,17 @@ def has_kernel(x: Tensor, b: int) -> bool:
     return kernels_serve(x) and narrow and b <= MOST_COLUMNS and x.numel() > 0
 
 
-class _BlockRows(torch.autograd.Function):
+class _Butterflies(torch.autograd.Function):
+    """R's levels, the first of which is `level`; without `plus` x alone is left out."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, apart: int, plus: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, level: int, plus: bool) -> Tensor:
         from lora_lite.ops import blocks_kernels
 
         rows, R = x.reshape(-1, x.shape[-1]).contiguous(), R.contiguous()
         ctx.save_for_backward(rows, R)
-        ctx.how = apart, plus
-        return blocks_kernels.block_rows(rows, R, apart, plus).view(x.shape)
+        ctx.how = level, plus
+        return blocks_kernels.butterflies(rows, R, level, plus).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -92,5 +109,5 @@ class _BlockRows(torch.autograd.Function):
 
         x, R = ctx.saved_tensors
         rows = dy.reshape(x.shape).contiguous()
-        dx, dR = blocks_kernels.block_rows_backward(rows, x, R, *ctx.how)
+        dx, dR = blocks_kernels.butterflies_backward(rows, x, R, *ctx.how)
         return dx.view(dy.shape), dR, None, None

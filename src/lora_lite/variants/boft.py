@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import add_butterfly_rows, drop_blocks
+from lora_lite.ops.blocks import add_butterflies, drop_blocks
 from lora_lite.ops.cayley import cayley
 from lora_lite.ops.gates import gate
 from lora_lite.variant import ParamSpec, ones, zeros
@@ -54,7 +54,6 @@ class BOFT(BlockRotations):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, C_1: Tensor, s: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        for i in reversed(range(self.m)):
-            x = add_butterfly_rows(x, C_1[i].to(x.dtype), i)
+        x = add_butterflies(x, C_1)
         y = gate(W(x), s)
         return y if W.bias is None else y + ((1 - s) * W.bias).to(y.dtype)
