@@ -309,7 +309,7 @@ def used(monkeypatch):
     def noted(name, real):
         return lambda *args: names.append(name) or real(*args)
 
-    for name in ("gate", "gate_backward", "turn", "turn_backward"):
+    for name in ("gate", "gate_backward", "turn", "turn_backward", "polar", "polar_backward"):
         monkeypatch.setattr(gates_kernels, name, noted(name, getattr(gates_kernels, name)))
     return names
 
@@ -336,6 +336,21 @@ def test_turned_planes(monkeypatch, poisoned, used, T, n, h, rows, dtype):
     args = [random(T, 2 * n * h, dtype=dtype), *planes(n, rows, h)]
     twins(monkeypatch, gates.turn, args, ROUNDING[dtype])
     assert used == ["turn", "turn_backward"]
+
+
+@pytest.mark.parametrize("parts, rows", [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("n, h", [(1, 1), (3, 5), (63, 4), (40, 32)])
+def test_polar_tables(monkeypatch, poisoned, used, n, h, parts, rows):
+    alpha, theta = (random(n, parts, rows, h) for _ in range(2))
+    twins(monkeypatch, gates.polar, [alpha, theta], ROUNDING[torch.float32])
+    assert used == ["polar", "polar_backward"]
+    alpha, theta = (t.transpose(0, 3) for t in (alpha, theta))
+    twins(monkeypatch, gates.polar, [alpha, theta], ROUNDING[torch.float32])
+
+
+def test_no_polar_tables(used):
+    nothing = random(0, 1, 1, 4)
+    assert gates.polar(nothing, nothing)[0].shape == (0, 1, 4) and not used
 
 
 AS_ARGUMENTS = [
@@ -383,7 +398,16 @@ def test_sums_of_gates_are_the_same_in_every_run(f, numbers):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize("f, numbers", AS_ARGUMENTS)
+@pytest.mark.parametrize(
+    "f, numbers",
+    [
+        *AS_ARGUMENTS,
+        (
+            lambda z, *how: gates.turn(z, *gates.polar(*how)),
+            lambda: (random(3, 2, 2, 4), random(3, 2, 2, 4)),
+        ),
+    ],
+)
 def test_gates_are_differentiated_twice_in_their_plain_form(monkeypatch, f, numbers):
     def second(*args):
         args = [t.requires_grad_() for t in args]
@@ -417,7 +441,8 @@ def test_layers_run_on_them(monkeypatch, poisoned, used, variant, hyper, kernel)
         return y, *torch.autograd.grad(y, [x, *trained], y_grad)
 
     got = run(x, y_grad)
-    assert used == [kernel, f"{kernel}_backward"]
+    tables = ["polar"] if variant == "road" else []
+    assert used == [*tables, kernel, f"{kernel}_backward", *(f"{t}_backward" for t in tables)]
     layer.double()
     for a, b in zip(got, plain(monkeypatch, run, x.detach(), y_grad)):
         agree(a, b, 4e-6)

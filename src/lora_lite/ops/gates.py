@@ -29,6 +29,15 @@ def turn(
     return _turned(z, c, s) if torch.compiler.is_compiling() else _Turn.apply(z, c, s)
 
 
+def polar(
+    alpha: Float[Tensor, "n parts rows h"], theta: Float[Tensor, "n parts rows h"]
+) -> tuple[Float[Tensor, "n rows h"], Float[Tensor, "n rows h"]]:
+    """(α cos θ, α sin θ): of two parts the first is for the cosines, the second for the sines."""
+    if kernels_serve(theta) and alpha.dtype == theta.dtype == torch.float32 and theta.numel():
+        return _Polar.apply(alpha, theta)
+    return _polar(alpha, theta)
+
+
 def quarter_turn(z: Float[Tensor, "*batch n 2 h"]) -> Float[Tensor, "*batch n 2 h"]:
     """ẑ; its transpose is its negative."""
     first, second = z.unbind(-2)
@@ -42,6 +51,10 @@ def _gated(z: Tensor, g: Tensor) -> Tensor:
 def _turned(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     u = z.unflatten(-1, (-1, 2, c.shape[-1]))
     return (c * u + s * quarter_turn(u)).flatten(-3).to(z.dtype)
+
+
+def _polar(alpha: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    return alpha[:, 0] * theta[:, 0].cos(), alpha[:, -1] * theta[:, -1].sin()
 
 
 def has_kernel(z: Tensor) -> bool:
@@ -97,6 +110,23 @@ class _Turn(torch.autograd.Function):
         u, dy = (t.unflatten(-1, (-1, 2, c.shape[-1])) for t in (z, dy))
         dz = (c * dy - quarter_turn(s * dy)).flatten(-3).to(z.dtype)
         return dz, _over_tokens(dy * u, c), _over_tokens(dy * quarter_turn(u), s)
+
+
+class _Polar(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        from lora_lite.ops import gates_kernels
+
+        ctx.save_for_backward(alpha, theta)
+        return gates_kernels.polar(alpha, theta)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+        from lora_lite.ops import gates_kernels
+
+        if torch.is_grad_enabled():
+            return torch.func.vjp(_polar, *ctx.saved_tensors)[1]((dc, ds))
+        return gates_kernels.polar_backward(dc, ds, *ctx.saved_tensors)
 
 
 def _over_tokens(products: Tensor, like: Tensor) -> Tensor:

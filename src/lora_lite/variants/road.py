@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.gates import turn
+from lora_lite.ops.gates import polar, turn
 from lora_lite.variant import ParamSpec, Variant, ones, zeros
 
 
@@ -44,13 +44,10 @@ class RoAd(Variant):
             )
 
     def prepare(self, W: LinearBase, theta: Tensor, alpha: Tensor) -> dict[str, Tensor]:
-        h = self.group_size // 2
-        if self.form == 4:
-            (θ_c, θ_s), (α_c, α_s) = (t.view(-1, 2, 2, h).unbind(1) for t in (theta, alpha))
-        else:
-            θ_c = θ_s = theta.view(-1, self.form, h)
-            α_c = α_s = alpha.view(-1, self.form, h)
-        return dict(c=α_c * θ_c.cos(), s=α_s * θ_s.sin())
+        parts, rows = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[self.form]
+        shape = (-1, parts, rows, self.group_size // 2)
+        c, s = polar(alpha.view(shape), theta.view(shape))
+        return dict(c=c, s=s)
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, c: Tensor, s: Tensor
