@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.ops import blocks, cayley, energy, gates, givens, launch, selection, skinny
+from lora_lite.ops import (
+    blocks,
+    cayley,
+    energy,
+    gates,
+    givens,
+    launch,
+    reflections,
+    selection,
+    skinny,
+)
 from lora_lite.testing import move
 
 pytest.importorskip("triton")
@@ -36,7 +46,7 @@ def plain(monkeypatch, f, *args):
     """f without kernels, on float64 copies."""
     with monkeypatch.context() as patch:
         patch.setattr(launch, "kernels_serve", lambda t: False)
-        for module in (blocks, cayley, energy, gates, givens, selection, skinny):
+        for module in (blocks, cayley, energy, gates, givens, reflections, selection, skinny):
             patch.setattr(module, "kernels_serve", lambda t: False)
         return f(*(wide(a) for a in args))
 
@@ -231,6 +241,51 @@ def test_small_rotations(monkeypatch, n, b, scale):
     twins(monkeypatch, lambda q: cayley.cayley(q, b), [q], 4e-6)
     for terms in (2, 3, 5, 8):
         twins(monkeypatch, lambda q, t=terms: cayley.cayley_neumann(q, b, t), [q], 4e-6)
+
+
+def columns(d, r, distance):
+    """Pairs of neighbouring columns that differ by `distance`; at 1 all are independent."""
+    U = random(d, r)
+    pairs = random(d, (r + 1) // 2).repeat_interleave(2, 1)[:, :r]
+    return U if distance == 1 else pairs + distance * U
+
+
+@pytest.mark.parametrize("distance", [0.1, 1])
+@pytest.mark.parametrize(
+    "d, r", [(5, 1), (64, 2), (333, 3), (5000, 8), (63, 13), (130, 32), (300, 63), (129, 64)]
+)
+def test_reflections(monkeypatch, poisoned, d, r, distance):
+    from lora_lite.ops import reflections_kernels
+
+    real, seen = reflections_kernels.backward, []
+    monkeypatch.setattr(
+        reflections_kernels, "backward", lambda *args: seen.append(args) or real(*args)
+    )
+    twins(monkeypatch, reflections.reflections, [columns(d, r, distance)], 5e-6)
+    assert len(seen) == 1
+    # In another order in memory.
+    U = columns(d, r, distance).T.contiguous().T
+    twins(monkeypatch, lambda U: reflections.reflections(U)[1].T, [U], 5e-6)
+
+
+@pytest.mark.parametrize("r", [2, 8, 24, 64])
+def test_reflections_of_equal_columns_leave_nothing(r):
+    for d in (64, 333):
+        A, B = reflections.reflections(columns(d, r, 0))
+        assert not (B @ A).any()
+
+
+@pytest.mark.parametrize("r", [2, 9, 64])
+@pytest.mark.parametrize("distance", [1e-5, 1e-3])
+def test_small_turns_keep_their_digits(monkeypatch, r, distance):
+    U = columns(200, r - r % 2, distance)
+    A, B = reflections.reflections(U)
+    want = plain(monkeypatch, lambda U: torch.mm(*reversed(reflections.reflections(U))), U)
+    agree(B.bfloat16().double() @ A.bfloat16().double(), want, 2e-2)
+
+
+def test_more_columns_than_a_tile_has_are_reflected_in_the_plain_form():
+    assert not reflections.has_kernel(random(100, 65)) and reflections.has_kernel(random(100, 64))
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.4])

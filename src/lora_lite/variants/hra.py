@@ -60,7 +60,7 @@ class HRA(Variant):
         if self.strict:
             Q = torch.linalg.qr(U).Q
             return dict(A=Q.T, B=-2 * Q)
-        return dict(zip("AB", reflections(U / U.norm(dim=0))))
+        return dict(zip("AB", reflections(U)))
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor
