@@ -48,6 +48,8 @@ WORK: dict[str, Work] = {
     "antipasto_rot": FROZEN_FACTORS,
     "vera": Work(3, 3, 0, 2, 3),
     "oft": ROTATED_INPUT,
+    # All levels in one pass.
+    "boft": Work(5, GATE),
     "hra": Work(7, 0, 0, 6, 0),
     "ia3": Work(0, GATE),
     "ia3_ff": Work(GATE, 0),
@@ -61,8 +63,6 @@ WORK: dict[str, Work] = {
 def work_of(row: Row) -> Work | None:
     """What a row's configuration adds; None for what is not counted."""
     known, hyper = WORK.get(row.variant), row.hyperparameters
-    if row.variant == "boft":
-        return Work(5 * hyper["m"], GATE)
     if row.variant == "jora" and (hyper["core"], hyper["clip"]) != ("diag", "none"):
         return None
     if row.variant == "jora" and hyper["magnitude"] != "none":
