@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.blocks_kernels import tile
+from lora_lite.ops.blocks import MOST_COLUMNS
 from lora_lite.ops.launch import cdiv, launch, power_of_2
 from lora_lite.ops.selection import Squares
 
@@ -51,10 +51,9 @@ def forward(
     if width == 1:
         launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *args, ROWS, BLOCK)
     else:
-        wide, whole = tile(width)
-        launch(
-            _forward_blocks, (cdiv(n, whole), cdiv(T, BLOCK)), *args, whole, wide, BLOCK,
-        )  # fmt: skip
+        whole = MOST_COLUMNS // width * width
+        grid = cdiv(n, whole), cdiv(T, BLOCK)
+        launch(_forward_blocks, grid, *args, whole, MOST_COLUMNS, BLOCK)
     if E:
         launch(_forward_at, (cdiv(E, COLUMNS), cdiv(T, TOKENS)), *args, TOKENS, COLUMNS)
     return y, z
@@ -81,7 +80,8 @@ def backward(
     du = torch.empty_like(dy) if scaled and on_output else dy
     dx = dy.new_empty(T, m) if to_input else None
     (entries, E_L), E, (q, width) = at, len(at[0]), C.shape
-    block_t, wide, whole = (ROWS, BLOCK, BLOCK) if width == 1 else (TOKENS, *tile(width))
+    whole = MOST_COLUMNS // width * width if width > 1 else BLOCK
+    block_t = TOKENS if width > 1 else ROWS
     columns = cdiv(max(n, m), whole)
     splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, columns)))
     tokens = cdiv(cdiv(T, splits), block_t) * block_t
@@ -95,9 +95,8 @@ def backward(
         launch(_backward, (columns, splits), *args, *more, ROWS, BLOCK)
     else:
         dC = dy.new_empty(splits, q, width, dtype=torch.float32)
-        launch(
-            _backward_blocks, (columns, splits), *args, dC, *more, width, whole, wide, block_t,
-        )  # fmt: skip
+        sizes_of_tile = (width, whole, MOST_COLUMNS, block_t)
+        launch(_backward_blocks, (columns, splits), *args, dC, *more, *sizes_of_tile)
     sums = dy.new_zeros(6, n, dtype=torch.float32)
     torch.sum(parts[:, :2, :n], 0, out=sums[:2])
     if E:
