@@ -268,8 +268,8 @@ def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
         side.fullgraph = False
         return
     if mode == "compiled":
-        made_by = work.forward(side).grad_fn.name()
-        assert "CompiledFunction" in made_by, f"ran uncompiled: {made_by}"
+        y = work.forward(side)
+        assert "CompiledFunction" in y.grad_fn.name(), f"ran uncompiled: {y.grad_fn.name()}"
     _repeat(side, work, warmup)
 
 
