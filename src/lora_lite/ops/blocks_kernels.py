@@ -25,7 +25,6 @@ def butterflies(x: Tensor, R: Tensor, level: int, plus: bool) -> Tensor:
         _rows, (cdiv(d, sizes[0]), cdiv(T, block_t)),
         x, R, y, T, d,
         *sizes, plus, MOST_COLUMNS, block_t,
-        warps=4 if len(R) == 1 else 8,
     )  # fmt: skip
     return y
 

@@ -20,18 +20,27 @@ def kernels_serve(t: Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3) -> None:
     """Run `kernel[grid](*args)`, constants in their places last, where its first tensor lies.
 
-    What a launch specialises on is looked up by dtypes, alignments and numbers, which takes the
-    host a third of the time that the kernel's own binder takes.
+    What a launch specialises on is looked up by dtypes, alignments and numbers, and a kernel that
+    is found takes bare addresses: for each tensor Triton would ask the driver where it lies.
     """
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, *args, warps=warps, stages=stages)
-    kinds = [(arg.dtype, arg.data_ptr() % 16) if isinstance(arg, Tensor) else arg for arg in args]
-    key = (kernel, grid, device.index, warps, stages, *kinds)
+    values, kinds = [], [id(kernel), grid, device.index, warps, stages]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            values.append(address)
+            kinds.append(arg.dtype)
+            kinds.append(address % 16)
+        else:
+            values.append(arg)
+            kinds.append(arg)
+    key = tuple(kinds)
     run = _compiled.get(key)
     if run is not None:
-        run(*args)
+        run(*values)
         return
     compiled = kernel[grid](*args, num_warps=warps, num_stages=stages)
     # An interpreted kernel gives nothing to keep.

@@ -74,12 +74,11 @@ def _both(
 ) -> tuple[Tensor, ...]:
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
-    block_t, block_n = 64, 256 if r <= 32 else 128
+    block_t, block_n = 32 if scaled else 64, 256 if r <= 32 else 128
     tiles = cdiv(n, block_n)
     tokens = cdiv(cdiv(T, max(1, PROGRAMS // 2 // tiles)), block_t) * block_t
     splits = cdiv(T, tokens)
-    # Small GPUs have no room for three stages of two tiles.
-    stages = 2 if scaled and shared_memory_bytes(g) < 160 * 1024 else 3
+    stages = (3 if scaled else 4) if is_roomy(g) else 2
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
     dB = g.new_empty(splits, n, r, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
@@ -118,7 +117,8 @@ def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> T
     launch(
         _row_norms, (cdiv(n, block_i),),
         W, B.contiguous(), A.contiguous(), norms, out, n, d, *W.stride(), scale,
-        r, "ieee" if W.dtype == torch.float32 else "tf32", 3, block_i, 4096 // block_r, block_r,
+        r, "ieee" if W.dtype == torch.float32 else "tf32", 4 if is_roomy(W) else 3,
+        block_i, 4096 // block_r, block_r,
         warps=8,
     )  # fmt: skip
     return out
@@ -145,6 +145,11 @@ def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
 
 # About two programs for each multiprocessor of a large GPU.
 PROGRAMS = 264
+
+
+def is_roomy(t: Tensor) -> bool:
+    """Whether a block has shared memory for all the stages of two tiles, as on large GPUs."""
+    return shared_memory_bytes(t) >= 160 * 1024
 
 
 def rows_together(x: Tensor) -> Tensor:
