@@ -1,5 +1,7 @@
 """Launching Triton kernels at little cost to the host."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -10,11 +12,28 @@ INTERPRETED = False
 """Whether kernels run on the CPU too, by Triton's interpreter (TRITON_INTERPRET=1): for tests."""
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_launching = True
+
+
+def ops_serve(t: Tensor) -> bool:
+    """Whether the tensor lies where kernels run: for what `one_op` makes, compiled or not."""
+    return t.is_cuda or INTERPRETED
 
 
 def kernels_serve(t: Tensor) -> bool:
-    """Whether kernels take the tensor: on CUDA, in eager mode. The compiler fuses plain forms."""
-    return (t.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
+    """Whether kernels take the tensor here: outside such an op the compiler fuses plain forms."""
+    return ops_serve(t) and (not _launching or not torch.compiler.is_compiling())
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """A context in which kernels serve and `launch` does nothing, for the shapes of what is made."""
+    global _launching
+    before, _launching = _launching, False
+    try:
+        yield
+    finally:
+        _launching = before
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3) -> None:
@@ -23,6 +42,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
     What a launch specialises on is looked up by dtypes, alignments and numbers, and a kernel that
     is found takes bare addresses: for each tensor Triton would ask the driver where it lies.
     """
+    if not _launching:
+        return
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

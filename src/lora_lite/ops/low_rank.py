@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
 from lora_lite.ops import launch
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.one_op import one_op
 from lora_lite.ops.skinny import (
     down,
     down_and_outer,
@@ -60,8 +61,8 @@ def add_low_rank(
     if (v is not None and v is not x) or not accumulates(W, x):
         return W(x) + low_rank(x if v is None else v, A, B, core)
     if isinstance(core, Tensor):
-        return _AddCore.apply(x, W.weight, W.bias, A, B, core)
-    return _AddLowRank.apply(x, W.weight, W.bias, A, B, core)
+        return _add_core(x, W.weight, W.bias, A, B, core)
+    return _add_low_rank(x, W.weight, W.bias, A, B, core)
 
 
 def turn_low_rank(
@@ -72,7 +73,7 @@ def turn_low_rank(
     On CUDA the result and x's gradient are each written once, and x and A x are kept.
     """
     if accumulates_in(x):
-        return _TurnLowRank.apply(x, A, B)
+        return _turn_low_rank(x, A, B)
     return x + low_rank(x, A, B)
 
 
@@ -91,7 +92,7 @@ def scaled_add_low_rank(
     and B. Keeps x, A x and the output, which the layer above keeps anyway (with a bias, its own).
     """
     if (v is None or v is x) and accumulates(W, x):
-        return _ScaledAddLowRank.apply(x, W.weight, W.bias, A, B, scale, g_1)
+        return _scaled_add_low_rank(x, W.weight, W.bias, A, B, scale, g_1)
     return scaled(W, W(x), low_rank(x if v is None else v, A, B, scale), g_1)
 
 
@@ -126,7 +127,7 @@ def accumulates_in(x: Tensor) -> bool:
     output as it is to the last bit, whatever order of sums the library takes for the other.
     """
     dtypes = (torch.bfloat16, torch.float32) if launch.INTERPRETED else (torch.bfloat16,)
-    return kernels_serve(x) and x.dtype in dtypes
+    return ops_serve(x) and x.dtype in dtypes
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -160,20 +161,19 @@ class _AddCore(torch.autograd.Function):
     ) -> Tensor:
         rows, (A, B, M) = x.reshape(-1, x.shape[-1]), (t.to(x.dtype) for t in (A, B, core))
         p = rows @ A.T
-        ctx.save_for_backward(p, W, A, B, M)
-        ctx.dtype = core.dtype
+        ctx.save_for_backward(p, W, A, B, core)
         return up(p @ M.T, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        p, W, A, B, M = ctx.saved_tensors
+        p, W, A, B, core = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
         dh = dy @ B
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = up(dh @ M, A.T).addmm_(dy, W).view(shape)
-        return dx, None, None, None, None, (dh.T @ p).to(ctx.dtype)
+            dx = up(dh @ core.to(dh.dtype), A.T).addmm_(dy, W).view(shape)
+        return dx, None, None, None, None, (dh.T @ p).to(core.dtype)
 
 
 class _TurnLowRank(torch.autograd.Function):
@@ -221,3 +221,9 @@ class _ScaledAddLowRank(torch.autograd.Function):
         du, dp, dB, dg = scaled_down_and_outer(dy, out, B, h, g_1, ctx.scale, not ctx.biased)
         dx = up(dp, A.T).addmm_(du, W).view(shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, outer(x, dp, A.dtype).T, dB, None, dg
+
+
+_add_low_rank = one_op(_AddLowRank)
+_add_core = one_op(_AddCore)
+_turn_low_rank = one_op(_TurnLowRank)
+_scaled_add_low_rank = one_op(_ScaledAddLowRank)

@@ -1,0 +1,156 @@
+"""Autograd functions of kernels as torch.compile is to see them: one op, and one for its gradient.
+
+Within them nothing is traced: their shapes are found by running them with all launches left out,
+which the plain products among them take part in.
+"""
+
+import inspect
+import re
+from ast import literal_eval
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lite.ops.launch import without_launches
+
+LIBRARY = torch.library.Library("lora_lite", "FRAGMENT")
+KINDS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+}
+"""A parameter's kind in the op's schema, by its annotation."""
+
+
+def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The function's `apply`, which under torch.compile is an op of the name of its class.
+
+    Its forward takes what has an annotation among `KINDS`, then what has a default and stays out of
+    the op. It may save its inputs, the same as rows of their last axis, its outputs, and tensors of
+    its own; what else it keeps on ctx are numbers and tuples of them. In the op ctx says that every
+    input needs a gradient.
+    """
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function.__name__).lower().strip("_")
+    _, *parameters = inspect.signature(function.forward).parameters.values()
+    taken = [p for p in parameters if p.default is p.empty]
+    inputs = ", ".join(f"{KINDS[p.annotation]} {p.name}" for p in taken)
+    # What the last run has made beside its tensors: formulas are asked for right after it.
+    last: dict[str, Any] = {}
+
+    def forward(*args: Any) -> list[Tensor]:
+        ctx = Context((True,) * len(args))
+        made = function.forward(ctx, *args)
+        outputs = list(made) if isinstance(made, tuple) else [made]
+        kept, sources = [], []
+        for t in ctx.saved_tensors:
+            source = None if t is None else source_of(t, args, outputs)
+            if t is not None and source is None:
+                source = ("output", len(outputs) + len(kept), False)
+                kept.append(t)
+            sources.append(source)
+        last.update(count=len(outputs), single=made is outputs[0], sources=sources)
+        last.update(numbers=repr(ctx.numbers()))
+        return outputs + kept
+
+    def backward(
+        grads: list[Tensor | None], saved: list[Tensor | None], needs: list[bool], numbers: str
+    ) -> list[Tensor]:
+        ctx = Context(tuple(needs))
+        ctx.save_for_backward(*saved)
+        vars(ctx).update(literal_eval(numbers))
+        with torch.no_grad():
+            found = function.backward(ctx, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        last["found"] = [g is not None for g in found[: len(taken)]]
+        return [g for g in found if g is not None]
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        tensors = dict(input=inputs, output=output)
+        ctx.sources, ctx.count, ctx.numbers = last["sources"], last["count"], last["numbers"]
+        ctx.save_for_backward(*(tensors[s[0]][s[1]] for s in ctx.sources if s is not None))
+        ctx.set_materialize_grads(False)
+
+    def formula(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        saved = [None if s is None else as_rows(next(tensors), s[2]) for s in ctx.sources]
+        needs = list(ctx.needs_input_grad)
+        found = iter(gradient(grads[: ctx.count], saved, needs, ctx.numbers))
+        return tuple(next(found) if there else None for there in last["found"])
+
+    def define(name: str, schema: str, run: Callable[..., list[Tensor]]) -> Any:
+        LIBRARY.define(f"{name}({schema}) -> Tensor[]")
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+        def shapes(*args: Any) -> list[Tensor]:
+            with without_launches():
+                return run(*args)
+
+        torch.library.register_fake(f"lora_lite::{name}", shapes, lib=LIBRARY)
+        return getattr(torch.ops.lora_lite, name).default
+
+    op = define(name, inputs, forward)
+    schema = "Tensor?[] grads, Tensor?[] saved, bool[] needs, str numbers"
+    gradient = define(f"{name}_backward", schema, backward)
+    torch.library.register_autograd(
+        f"lora_lite::{name}", formula, setup_context=set_up, lib=LIBRARY
+    )
+    outputs = outputs_of(function)
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function.apply(*args)
+        made = op(*args[: len(taken)])
+        return made[0] if outputs == 1 else tuple(made[:outputs])
+
+    return call
+
+
+class Context:
+    """What an autograd function's ctx is to it."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def numbers(self) -> dict[str, Any]:
+        """What the function has set."""
+        own = ("needs_input_grad", "saved_tensors")
+        return {key: value for key, value in vars(self).items() if key not in own}
+
+
+def source_of(
+    t: Tensor, inputs: tuple[Any, ...], outputs: list[Tensor]
+) -> tuple[str, int, bool] | None:
+    """Which input or output a saved tensor is, and whether as rows; None where it is neither."""
+    for kind, tensors in (("input", inputs), ("output", outputs)):
+        for i, other in enumerate(tensors):
+            if t is other:
+                return kind, i, False
+            if isinstance(other, Tensor) and shares_storage(t, other):
+                return kind, i, True
+    return None
+
+
+def shares_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def as_rows(t: Tensor, rows: bool) -> Tensor:
+    return t.reshape(-1, t.shape[-1]) if rows else t
+
+
+def outputs_of(function: type[torch.autograd.Function]) -> int:
+    """How many tensors its forward gives."""
+    made = inspect.signature(function.forward).return_annotation
+    return 1 if made is Tensor else len(made.__args__)
