@@ -38,10 +38,10 @@ METHODS = [
 LAYERS = [(24, 40, True), (40, 24, False)]
 
 
-def outputs(layer, x, g):
+def outputs(layer, x, g, run=None):
     """y and its gradients, to x and to every trained tensor."""
     x = x.clone().requires_grad_()
-    y = layer(x)
+    y = (run or layer)(x)
     trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(y, [x, *trained.values()], g)
     return {"y": y, **dict(zip(["x", *trained], grads))}

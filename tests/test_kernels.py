@@ -45,9 +45,19 @@ def agree(got, want, tolerance):
 def plain(monkeypatch, f, *args):
     """f without kernels, on float64 copies."""
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "kernels_serve", lambda t: False)
-        for module in (blocks, cayley, energy, gates, givens, reflections, selection, skinny):
-            patch.setattr(module, "kernels_serve", lambda t: False)
+        for module in (
+            launch,
+            blocks,
+            cayley,
+            energy,
+            gates,
+            givens,
+            reflections,
+            selection,
+            skinny,
+        ):
+            for serves in ("kernels_serve", "ops_serve"):
+                patch.setattr(module, serves, lambda t: False, raising=False)
         return f(*(wide(a) for a in args))
 
 

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.one_op import one_op
 
 MOST_COLUMNS = 64
 
@@ -17,7 +18,7 @@ def block_rows(
 ) -> Float[Tensor, "*batch d"]:
     """x blockdiag(R_1, …, R_n), x in rows, d = n·b; a single block (n = 1) serves all."""
     if has_kernel(x, R.shape[-1]):
-        return _Butterflies.apply(x, for_all(R, x)[None], 0, False)
+        return _butterflies(x, for_all(R, x)[None], 0, False)
     blocks = x.unflatten(-1, (-1, R.shape[-1]))
     return torch.einsum("...nb,nbc->...nc", blocks, R).flatten(-2)
 
@@ -56,8 +57,8 @@ def add_butterflies(
         near = min(m, levels_of_a_tile(b))
         low, *far = R.split([near] + [1] * (m - near))
         for i in reversed(range(near, m)):
-            x = _Butterflies.apply(x, far[i - near], i, True)
-        return _Butterflies.apply(x, low, 0, True)
+            x = _butterflies(x, far[i - near], i, True)
+        return _butterflies(x, low, 0, True)
     for i in reversed(range(m)):
         z = x.unflatten(-1, (-1, 2, 2**i, b // 2)).transpose(-3, -2).flatten(-4) if i else x
         z = block_rows(z, R[i].to(x.dtype))
@@ -85,9 +86,9 @@ def drop_blocks(R: Float[Tensor, "m n b b"], p: float) -> Float[Tensor, "m n b b
 
 
 def has_kernel(x: Tensor, b: int) -> bool:
-    """Whether the kernel serves x; the compiler fuses the plain form by itself."""
+    """Whether the kernel serves x."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return kernels_serve(x) and narrow and b <= MOST_COLUMNS and x.numel() > 0
+    return ops_serve(x) and narrow and b <= MOST_COLUMNS and x.numel() > 0
 
 
 class _Butterflies(torch.autograd.Function):
@@ -111,3 +112,6 @@ class _Butterflies(torch.autograd.Function):
         rows = dy.reshape(x.shape).contiguous()
         dx, dR = blocks_kernels.butterflies_backward(rows, x, R, *ctx.how)
         return dx.view(dy.shape), dR, None, None
+
+
+_butterflies = one_op(_Butterflies)

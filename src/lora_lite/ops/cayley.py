@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.one_op import one_op
 
 MOST_COLUMNS = 64
 
@@ -26,7 +27,7 @@ def skew(q: Float[Tensor, "*batch e"], b: int) -> Float[Tensor, "*batch {b} {b}"
 def cayley(q: Float[Tensor, "n e"], b: int) -> Float[Tensor, "n {b} {b}"]:
     """R − I = 2 Q (I − Q)⁻¹ for R = (I + Q)(I − Q)⁻¹, Q = skew(q): a rotation."""
     if has_kernel(q, b):
-        return _Rotation.apply(q, b, None)
+        return _rotation(q, b, None)
     Q = skew(q, b)
     eye = torch.eye(b, dtype=Q.dtype, device=Q.device)
     # Never singular, so nothing need be checked, which would wait for the device.
@@ -39,7 +40,7 @@ def cayley_neumann(q: Float[Tensor, "n e"], b: int, terms: int) -> Float[Tensor,
     Qiu et al. 2025, arXiv:2506.19847, §3.3.
     """
     if has_kernel(q, b):
-        return _Rotation.apply(q, b, terms)
+        return _rotation(q, b, terms)
     Q = skew(q, b)
     U = torch.zeros_like(Q)
     for _ in range(terms - 2):
@@ -48,8 +49,8 @@ def cayley_neumann(q: Float[Tensor, "n e"], b: int, terms: int) -> Float[Tensor,
 
 
 def has_kernel(q: Tensor, b: int) -> bool:
-    """Whether the kernel serves q; the compiler fuses the plain form by itself."""
-    return kernels_serve(q) and q.dtype == torch.float32 and 2 <= b <= MOST_COLUMNS
+    """Whether the kernel serves q."""
+    return ops_serve(q) and q.dtype == torch.float32 and 2 <= b <= MOST_COLUMNS
 
 
 class _Rotation(torch.autograd.Function):
@@ -68,3 +69,6 @@ class _Rotation(torch.autograd.Function):
         from lora_lite.ops import cayley_kernels
 
         return cayley_kernels.backward(G.contiguous(), *ctx.saved_tensors, ctx.terms), None, None
+
+
+_rotation = one_op(_Rotation)

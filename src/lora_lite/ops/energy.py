@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.one_op import one_op
 
 
 def oer_softmax(
@@ -19,7 +20,7 @@ def oer_softmax(
     s = 1 and stay out of the softmax.
     """
     if has_kernel(g) and not isinstance(temperature, Tensor):
-        return _OER.apply(g, norms, temperature)
+        return _oer(g, norms, temperature)
     # Finite, so that a layer of zeros gives no NaN.
     log_energy = (2 * norms.log()).clamp(min=-1e30)
     gain = torch.logsumexp(log_energy + g / temperature, 0) - torch.logsumexp(log_energy, 0)
@@ -44,7 +45,7 @@ def ecd_tanh(
 
 def has_kernel(g: Tensor) -> bool:
     """Whether the kernel serves g: one program holds it."""
-    return kernels_serve(g) and g.dtype == torch.float32 and len(g) <= 2**16
+    return ops_serve(g) and g.dtype == torch.float32 and len(g) <= 2**16
 
 
 class _OER(torch.autograd.Function):
@@ -64,3 +65,6 @@ class _OER(torch.autograd.Function):
 
         dg = energy_kernels.oer_softmax_backward(ds, *ctx.saved_tensors, ctx.temperature)
         return dg, None, None
+
+
+_oer = one_op(_OER)

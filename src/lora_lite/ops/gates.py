@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import kernels_serve, ops_serve
+from lora_lite.ops.one_op import one_op
 
 
 def gate(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, "*batch d"]:
@@ -26,7 +27,8 @@ def turn(
 
     Two rows are for the two halves of a group; one serves both.
     """
-    return _turned(z, c, s) if torch.compiler.is_compiling() else _Turn.apply(z, c, s)
+    compiles_plainly = torch.compiler.is_compiling() and not ops_serve(z)
+    return _turned(z, c, s) if compiles_plainly else _turn(z, c, s)
 
 
 def polar(
@@ -110,6 +112,9 @@ class _Turn(torch.autograd.Function):
         u, dy = (t.unflatten(-1, (-1, 2, c.shape[-1])) for t in (z, dy))
         dz = (c * dy - quarter_turn(s * dy)).flatten(-3).to(z.dtype)
         return dz, _over_tokens(dy * u, c), _over_tokens(dy * quarter_turn(u), s)
+
+
+_turn = one_op(_Turn)
 
 
 class _Polar(torch.autograd.Function):

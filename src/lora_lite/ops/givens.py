@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import kernels_serve, ops_serve
+from lora_lite.ops.one_op import one_op
 
 
 def random_pairs(d: int, n: int, slots: int, generator: torch.Generator) -> Int64[Tensor, "S 2"]:
@@ -38,8 +39,8 @@ def rotation_tables(
     max_angle: float,
 ) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
     """The tables (c, s, p) of the rotations of the active pairs by their angles, the first of θ."""
-    if kernels_serve(theta) and theta.dtype == torch.float32:
-        return _RotationTables.apply(theta, pairs, active, d, cayley, max_angle)
+    if ops_serve(theta) and theta.dtype == torch.float32:
+        return _rotation_tables(theta, pairs, active, d, cayley, max_angle)
     pairs, theta = torch.where(active[:, None], pairs, -1), theta[: len(pairs)]
     return pair_tables(pairs, rotations(angles(theta, cayley, max_angle)), rest=1.0, d=d)
 
@@ -140,3 +141,6 @@ def _over_tokens(products: Tensor, like: Tensor) -> Tensor:
     """Their sum over all tokens, in float32 or wider, in the dtype of `like`."""
     wide = torch.promote_types(like.dtype, torch.float32)
     return products.reshape(-1, len(like)).sum(0, dtype=wide).to(like.dtype)
+
+
+_rotation_tables = one_op(_RotationTables)

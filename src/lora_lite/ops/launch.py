@@ -27,7 +27,7 @@ def kernels_serve(t: Tensor) -> bool:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """A context in which kernels serve and `launch` does nothing, for the shapes of what is made."""
+    """A context in which kernels serve and nothing is launched: for the shapes of what is made."""
     global _launching
     before, _launching = _launching, False
     try:

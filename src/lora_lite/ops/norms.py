@@ -1,11 +1,14 @@
 """Row norms of an updated weight, without forming it."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.one_op import one_op
 from lora_lite.ops.skinny import MOST_ROWS
 
 RECHECKED_ROWS = 16
@@ -16,7 +19,7 @@ def has_kernel(W: LinearBase, A: Tensor) -> bool:
     """Whether the kernel serves W."""
     weight = W.layer.weight
     return (
-        kernels_serve(weight)
+        ops_serve(weight)
         and type(weight) in (Tensor, torch.nn.Parameter)
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and A.dtype == torch.float32
@@ -41,9 +44,7 @@ def low_rank_row_norms(
     pass over W sums every row directly.
     """
     if has_kernel(W, A):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.row_norms(W.weight, B, A, scale, norms)
+        return _row_norms(W.weight, B, A, norms, scale)
     B = scale * B
     eps = torch.finfo(norms.dtype).eps
     w_sq = norms.square()
@@ -56,3 +57,14 @@ def low_rank_row_norms(
     # Below these floors either sum is rounding alone, and the expansion may be negative.
     n_sq = n_sq.clamp(min=eps * w_sq).index_copy(0, rows, direct.clamp(min=eps**2 * w_sq[rows]))
     return n_sq.sqrt()
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, B: Tensor, A: Tensor, norms: Tensor, scale: float) -> Tensor:
+        from lora_lite.ops import skinny_kernels
+
+        return skinny_kernels.row_norms(W, B, A, scale, norms)
+
+
+_row_norms = one_op(_RowNorms)

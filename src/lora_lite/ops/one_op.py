@@ -73,7 +73,6 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         tensors = dict(input=inputs, output=output)
         ctx.sources, ctx.count, ctx.numbers = last["sources"], last["count"], last["numbers"]
         ctx.save_for_backward(*(tensors[s[0]][s[1]] for s in ctx.sources if s is not None))
-        ctx.set_materialize_grads(False)
 
     def formula(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.one_op import one_op
 
 MOST_COLUMNS = 64
 
@@ -22,7 +23,7 @@ def reflections(U: Float[Tensor, "d r"]) -> tuple[Float[Tensor, "q d"], Float[Te
     equal ones differ from it by keeps its digits.
     """
     if has_kernel(U):
-        return _Reflections.apply(U)
+        return _reflections(U)
     u = U / U.norm(dim=0)
     if u.shape[1] % 2:
         # No reflection at all is the partner of the odd one.
@@ -37,8 +38,8 @@ def reflections(U: Float[Tensor, "d r"]) -> tuple[Float[Tensor, "q d"], Float[Te
 
 
 def has_kernel(U: Tensor) -> bool:
-    """Whether the kernels serve U; the compiler takes the plain form."""
-    return kernels_serve(U) and U.dtype == torch.float32 and 0 < U.shape[1] <= MOST_COLUMNS
+    """Whether the kernels serve U."""
+    return ops_serve(U) and U.dtype == torch.float32 and 0 < U.shape[1] <= MOST_COLUMNS
 
 
 class _Reflections(torch.autograd.Function):
@@ -57,3 +58,6 @@ class _Reflections(torch.autograd.Function):
         from lora_lite.ops import reflections_kernels
 
         return reflections_kernels.backward(dA, dB, *ctx.saved_tensors)
+
+
+_reflections = one_op(_Reflections)

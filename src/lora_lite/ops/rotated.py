@@ -1,5 +1,6 @@
 """A narrow core between sparse rotations, R_Lᵀ C R_R, added to a layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import MOST_COLUMNS, block_columns
 from lora_lite.ops.givens import apply_pairs
 from lora_lite.ops.low_rank import accumulates, scaled
+from lora_lite.ops.one_op import one_op
 
 Table = tuple[Tensor, Tensor, Tensor]
 """A rotation's (c, s, p), as `givens` has them."""
@@ -67,24 +69,44 @@ def add_rotated(
     """
     if C.shape[1] <= MOST_COLUMNS and accumulates(W, x):
         tables = (*(left or (None,) * 3), *(right or (None,) * 3))
-        observer, W.observer = W.observer, None
-        return _AddRotated.apply(x, W.weight, W.bias, C, *tables, *at, s_1, on_output, observer)
+        observer = None
+        if not torch.compiler.is_compiling():  # which an op shows nothing
+            observer, W.observer = W.observer, None
+        return _add_rotated(x, W.weight, W.bias, C, *tables, *at, s_1, on_output, observer)
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
 
 
 class _AddRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, C: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        C: Tensor,
+        c_L: Tensor | None,
+        s_L: Tensor | None,
+        p_L: Tensor | None,
+        c_R: Tensor | None,
+        s_R: Tensor | None,
+        p_R: Tensor | None,
+        at: Tensor,
+        n_left: int,
+        s_1: Tensor | None,
+        on_output: bool,
+        observer: Callable[..., None] | None = None,
+    ) -> Tensor:
         from lora_lite.ops import rotated_kernels
 
-        *tables, at, n_left, s_1, on_output, observer = rest
+        tables = (c_L, s_L, p_L, c_R, s_R, p_R)
         left, right = (t if t[0] is not None else None for t in (tables[:3], tables[3:]))
         rows, at = x.reshape(-1, x.shape[-1]).contiguous(), (at, n_left)
         y, u = rotated_kernels.forward(rows @ W.T, rows, C, at, left, right, s_1, b, on_output)
         keep = None if s_1 is None or not on_output else y if b is None else u
         ctx.save_for_backward(rows, W, C, *tables, at[0], s_1, keep)
         ctx.how = n_left, on_output, keep is not None and b is None
-        ctx.observer = observer
+        if observer is not None:
+            ctx.observer = observer
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -109,7 +131,7 @@ class _AddRotated(torch.autograd.Function):
             on_output,
             divide,
             ctx.needs_input_grad[0],
-            ctx.observer is not None,
+            hasattr(ctx, "observer"),
         )
         if energies is not None:
             ctx.observer(*energies)
@@ -131,3 +153,6 @@ class _AddRotated(torch.autograd.Function):
             None,
             None,
         )
+
+
+_add_rotated = one_op(_AddRotated)
