@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import lora_lite as ll
 from lora_lite.ops import launch
 from lora_lite.ops.low_rank import turn_low_rank
 from lora_lite.ops.reflections import reflections
+from lora_lite.shapes import unchecked
 from lora_lite.testing import close, move
 
 pytest.importorskip("triton")
@@ -41,7 +44,7 @@ LAYERS = [(24, 40, True), (40, 24, False)]
 def outputs(layer, x, g, run=None):
     """y and its gradients, to x and to every trained tensor."""
     x = x.clone().requires_grad_()
-    y = (run or layer)(x)
+    y = (layer if run is None else run)(x)
     trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(y, [x, *trained.values()], g)
     return {"y": y, **dict(zip(["x", *trained], grads))}
@@ -103,6 +106,34 @@ def test_pairs_of_both_sides_that_meet(
     for key, want in plain.items():
         tolerance = 1e-5 if DTYPES[0] == torch.float32 else 2e-2
         close(fused[key].double(), want, tolerance, key)
+
+
+@pytest.mark.parametrize("variant, hyperparameters", METHODS, ids=str)
+def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
+    """Compiled whole, the layer runs the same kernels, and nothing of them is traced."""
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    layer = adapted(24, 40, True, DTYPES[0], variant, hyperparameters).train()
+    x, g = (torch.randn(2, 150, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    with unchecked():
+        want = outputs(layer, x, g)
+        compiler = aot_autograd(fw_compiler=backend)
+        got = outputs(layer, x, g, torch.compile(layer, fullgraph=True, backend=compiler))
+    ops = {target.split(".")[1] for target in traced if target.startswith("lora_lite.")}
+    assert {f"{op}_backward" for op in ops} & ops, traced
+    by_inductor = {}
+    if CUDA:
+        torch._dynamo.reset()
+        with unchecked():
+            by_inductor = outputs(layer, x, g, torch.compile(layer, fullgraph=True))
+    for key, a in [*got.items(), *by_inductor.items()]:
+        close(a, want[key], 1e-6 if DTYPES[0] == torch.float32 else 2e-2, key)
 
 
 @pytest.mark.parametrize("core", ["diag", "block"])

@@ -146,6 +146,10 @@ class Base:
         hook = getattr(self.layer, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or self.sample().device)
 
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """x with its numbers dropped at rate p in training; x itself where none are."""
+        return F.dropout(x, p) if p and self.training else x
+
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which the layer computes on x, and the tensors of a variant arrive."""
         return x.dtype

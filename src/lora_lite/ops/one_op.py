@@ -8,6 +8,7 @@ import inspect
 import re
 from ast import literal_eval
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,23 +40,20 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     _, *parameters = inspect.signature(function.forward).parameters.values()
     taken = [p for p in parameters if p.default is p.empty]
     inputs = ", ".join(f"{KINDS[p.annotation]} {p.name}" for p in taken)
-    # What the last run has made beside its tensors: formulas are asked for right after it.
+    count = outputs_of(function)
+    plans: dict[tuple[Any, ...], Plan] = {}
+    # What the last run was: formulas are asked for right after it.
     last: dict[str, Any] = {}
 
     def forward(*args: Any) -> list[Tensor]:
         ctx = Context((True,) * len(args))
         made = function.forward(ctx, *args)
-        outputs = list(made) if isinstance(made, tuple) else [made]
-        kept, sources = [], []
-        for t in ctx.saved_tensors:
-            source = None if t is None else source_of(t, args, outputs)
-            if t is not None and source is None:
-                source = ("output", len(outputs) + len(kept), False)
-                kept.append(t)
-            sources.append(source)
-        last.update(count=len(outputs), single=made is outputs[0], sources=sources)
-        last.update(numbers=repr(ctx.numbers()))
-        return outputs + kept
+        outputs = [made] if count == 1 else list(made)
+        key = tuple(a.is_contiguous() if isinstance(a, Tensor) else a for a in args)
+        if key not in plans:
+            plans[key] = Plan.of(ctx, args, outputs)
+        last["plan"] = plans[key]
+        return outputs + [ctx.saved_tensors[i] for i in plans[key].kept]
 
     def backward(
         grads: list[Tensor | None], saved: list[Tensor | None], needs: list[bool], numbers: str
@@ -70,15 +68,14 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return [g for g in found if g is not None]
 
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        tensors = dict(input=inputs, output=output)
-        ctx.sources, ctx.count, ctx.numbers = last["sources"], last["count"], last["numbers"]
-        ctx.save_for_backward(*(tensors[s[0]][s[1]] for s in ctx.sources if s is not None))
+        tensors, ctx.plan = dict(input=inputs, output=output), last["plan"]
+        ctx.save_for_backward(*(tensors[s[0]][s[1]] for s in ctx.plan.sources if s is not None))
 
     def formula(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
-        saved = [None if s is None else as_rows(next(tensors), s[2]) for s in ctx.sources]
+        saved = [None if s is None else as_rows(next(tensors), s[2]) for s in ctx.plan.sources]
         needs = list(ctx.needs_input_grad)
-        found = iter(gradient(grads[: ctx.count], saved, needs, ctx.numbers))
+        found = iter(gradient(grads[:count], saved, needs, ctx.plan.numbers))
         return tuple(next(found) if there else None for there in last["found"])
 
     def define(name: str, schema: str, run: Callable[..., list[Tensor]]) -> Any:
@@ -98,13 +95,12 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     torch.library.register_autograd(
         f"lora_lite::{name}", formula, setup_context=set_up, lib=LIBRARY
     )
-    outputs = outputs_of(function)
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return function.apply(*args)
         made = op(*args[: len(taken)])
-        return made[0] if outputs == 1 else tuple(made[:outputs])
+        return made[0] if count == 1 else tuple(made[:count])
 
     return call
 
@@ -122,10 +118,31 @@ class Context:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
-    def numbers(self) -> dict[str, Any]:
-        """What the function has set."""
+
+@dataclass(frozen=True)
+class Plan:
+    """Where an op's gradient finds what the function saved.
+
+    sources: of each saved tensor the input or output that it is, and whether as rows; None for
+    none. kept: which of them are outputs of the op beside the function's own. numbers: all else.
+    """
+
+    sources: list[tuple[str, int, bool] | None]
+    kept: list[int]
+    numbers: str
+
+    @classmethod
+    def of(cls, ctx: Context, inputs: tuple[Any, ...], outputs: list[Tensor]) -> "Plan":
+        sources, kept = [], []
+        for i, t in enumerate(ctx.saved_tensors):
+            source = None if t is None else source_of(t, inputs, outputs)
+            if t is not None and source is None:
+                source = ("output", len(outputs) + len(kept), False)
+                kept.append(i)
+            sources.append(source)
         own = ("needs_input_grad", "saved_tensors")
-        return {key: value for key, value in vars(self).items() if key not in own}
+        numbers = {key: value for key, value in vars(ctx).items() if key not in own}
+        return cls(sources, kept, repr(numbers))
 
 
 def source_of(

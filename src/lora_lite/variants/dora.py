@@ -1,7 +1,6 @@
 """DoRA."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,5 +44,5 @@ class DoRA(LoRA):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor, g_1: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        v = F.dropout(x, self.dropout, W.training)
+        v = W.dropout(x, self.dropout)
         return scaled_add_low_rank(W, x, A, B, self.s, g_1, v)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,7 +41,7 @@ class LoRA(Variant):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return add_low_rank(W, x, A, B, self.s, F.dropout(x, self.dropout, W.training))
+        return add_low_rank(W, x, A, B, self.s, W.dropout(x, self.dropout))
 
 
 class RsLoRA(LoRA):

@@ -1,7 +1,6 @@
 """VeRA."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,4 +56,4 @@ class VeRA(Variant):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], W: LinearBase, A: Tensor, B: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        return add_low_rank(W, x, A, B, v=F.dropout(x, self.dropout, W.training))
+        return add_low_rank(W, x, A, B, v=W.dropout(x, self.dropout))
