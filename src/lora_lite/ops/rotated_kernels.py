@@ -1,10 +1,11 @@
-"""Triton kernels of `rotated`: passes over all tokens as if nothing turned, each with a second
-launch for the few coordinates that do.
+"""Triton kernels of `rotated`: passes over all tokens as if nothing turned, and a second launch
+for what turning affects.
 
 Forward reads x and the output once; backward reads x, the output and its gradient once, for all
 sums over tokens, energies among them, and the input's gradient. A coordinate outside the pairs is
-its own partner, p_i = i, and no pass over all gathers anything; where the core has blocks, a tile
-gathers in whose columns something turns.
+its own partner, p_i = i, and no pass over all gathers anything. Left pairs affect outputs at their
+coordinates, and right pairs in all rows of the core's blocks that hold theirs; of the input's
+gradient it is the other way round.
 """
 
 import torch
@@ -21,7 +22,11 @@ Pairs = tuple[Tensor, int]
 """The coordinates of the left's pairs and then of the right's, −1 for none; how many are left's."""
 PROGRAMS = 528
 BLOCK, ROWS = 128, 16
-COLUMNS, TOKENS = 16, 64
+BLOCKS_FORWARD, BLOCKS_BACKWARD = 32, 16
+"""Rows of a tile where the core has blocks: more would not fit in registers."""
+COLUMNS, TOKENS, ENTRIES = 16, 16, 32
+"""Of what turning affects: coordinates and tokens of a tile, and the most columns that it gathers
+for them."""
 
 
 def forward(
@@ -41,21 +46,21 @@ def forward(
     biased, scaled = b is not None, s_1 is not None
     y = torch.empty_like(z) if biased and scaled and on_output else z
     (entries, E_L), (q, width) = at, C.shape
-    # Blocks turn their input as they read it, and leave to the second launch what turns after.
-    E = len(entries) if width == 1 else E_L
     args = (
         z, x, C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C,
-        b if biased else C, y, T, n, m, q, E, E_L, *how(left, right), scaled,
+        b if biased else C, y, T, n, m, q, len(entries), E_L, *how(left, right), scaled,
         on_output, biased, y is not z, width,
     )  # fmt: skip
     if width == 1:
         launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *args, ROWS, BLOCK)
     else:
-        whole = MOST_COLUMNS // width * width
-        grid = cdiv(n, whole), cdiv(T, BLOCK)
-        launch(_forward_blocks, grid, *args, whole, MOST_COLUMNS, BLOCK)
-    if E:
-        launch(_forward_at, (cdiv(E, COLUMNS), cdiv(T, TOKENS)), *args, TOKENS, COLUMNS)
+        rows, whole = BLOCKS_FORWARD, MOST_COLUMNS // width * width
+        columns = cdiv(n, whole)
+        splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
+        launch(_forward_blocks, (columns, splits), *args, tokens, whole, MOST_COLUMNS, rows)
+    if len(entries):
+        tile, affected = tile_of(width), E_L + width * (len(entries) - E_L)
+        launch(_forward_at, (cdiv(affected, tile[1]), cdiv(T, TOKENS)), *args, *tile)
     return y, z
 
 
@@ -81,43 +86,59 @@ def backward(
     dx = dy.new_empty(T, m) if to_input else None
     (entries, E_L), E, (q, width) = at, len(at[0]), C.shape
     whole = MOST_COLUMNS // width * width if width > 1 else BLOCK
-    block_t = TOKENS if width > 1 else ROWS
+    rows = BLOCKS_BACKWARD if width > 1 else ROWS
     columns = cdiv(max(n, m), whole)
-    splits = max(1, min(cdiv(T, 64), cdiv(PROGRAMS, columns)))
-    tokens = cdiv(cdiv(T, splits), block_t) * block_t
+    splits, tokens = shares(T, columns, rows, 2 * PROGRAMS if width > 1 else PROGRAMS, 64)
     parts = dy.new_empty(splits, 4 if energies else 2, max(n, m), dtype=torch.float32)
     sides = (C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C)
     sizes = (T, n, m, q, E, E_L)
     flags = (*how(left, right), scaled, on_output)
     args = (dy, out, x, *sides, du, dx if to_input else du, parts)
     more = (*sizes, tokens, *flags, divide, to_input, energies)
+    sums = dy.new_zeros(6, n, dtype=torch.float32)
     if width == 1:
         launch(_backward, (columns, splits), *args, *more, ROWS, BLOCK)
+        dC = sums[1, :q, None]
     else:
-        dC = dy.new_empty(splits, q, width, dtype=torch.float32)
-        sizes_of_tile = (width, whole, MOST_COLUMNS, block_t)
-        launch(_backward_blocks, (columns, splits), *args, dC, *more, *sizes_of_tile)
-    sums = dy.new_zeros(6, n, dtype=torch.float32)
+        dC_parts = dy.new_empty(splits, q, width, dtype=torch.float32)
+        sizes_of_tile = (width, whole, MOST_COLUMNS, rows)
+        launch(_backward_blocks, (columns, splits), *args, dC_parts, *more, *sizes_of_tile)
+        dC = dC_parts.sum(0)
     torch.sum(parts[:, :2, :n], 0, out=sums[:2])
     if E:
-        columns = cdiv(E, COLUMNS)
+        tile = tile_of(width)
         if to_input:
-            grid = columns, cdiv(T, TOKENS)
-            launch(_input_gradient_at, grid, dy, dx, *sides, *sizes, *flags, width, TOKENS, COLUMNS)
-        splits = max(1, min(cdiv(T, TOKENS), cdiv(PROGRAMS, columns)))
-        found = dy.new_empty(splits, 6, E, dtype=torch.float32)
+            grid = cdiv(width * E_L + E - E_L, tile[1]), cdiv(T, TOKENS)
+            launch(_input_gradient_at, grid, dy, dx, *sides, *sizes, *flags, width, *tile)
+        affected = E_L + width * (E - E_L)
+        columns = cdiv(affected, tile[1])
+        splits, tokens = shares(T, columns, TOKENS, 2 * PROGRAMS, TOKENS)
+        found = dy.new_empty(splits, 5 + width, affected, dtype=torch.float32)
         launch(
-            _sums_at, (columns, splits),
-            dy, x, *sides, found, *sizes, cdiv(T, splits), *flags, width, TOKENS // 2, COLUMNS,
-        )  # fmt: skip
+            _sums_at, (columns, splits), dy, x, *sides, found, *sizes, tokens, *flags, width, *tile
+        )
         # The sum for s on the output needs no turning, and is there.
         first_row = 0 if scaled and not on_output else 1
         launch(
-            _place, (columns, 6 - first_row),
-            found, sums, *sides, splits, *sizes, *flags, first_row, power_of_2(splits), COLUMNS,
+            _place, (columns, 5 + width - first_row),
+            found, sums, dC, *sides, splits, *sizes, *flags, width, first_row,
+            power_of_2(splits), *tile[1:],
         )  # fmt: skip
     squares = (Squares(parts[:, 3, :m], T), Squares(parts[:, 2, :n], T)) if energies else None
-    return du, dx, sums[1, :q, None] if width == 1 else dC.sum(0), sums, squares
+    return du, dx, dC, sums, squares
+
+
+def shares(T: int, columns: int, rows: int, programs: int, least: int) -> tuple[int, int]:
+    """Into how many splits T tokens go, for about so many programs, and the tokens of each, whole
+    tiles: about `least` or more."""
+    splits = max(1, min(cdiv(T, least), cdiv(programs, columns)))
+    return splits, cdiv(cdiv(T, splits), rows) * rows
+
+
+def tile_of(width: int) -> tuple[int, int, int]:
+    """Tokens, coordinates, and the columns gathered for each, of what turning affects."""
+    wide = power_of_2(width)
+    return TOKENS, min(COLUMNS, ENTRIES // wide), wide
 
 
 def tables(side: Table | None, unused: Tensor) -> Table:
@@ -138,15 +159,23 @@ def _turns(p, i, inside, side: tl.constexpr):
 
 @triton.jit
 def _entries(
-    at, E_L, p_L, p_R, n, m, E, left: tl.constexpr, right: tl.constexpr, block: tl.constexpr
+    at, begin_1, E_1, p_1, begin_2, E_2, p_2, d, q, turns_1: tl.constexpr, turns_2: tl.constexpr,
+    b: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """A block of the list: coordinates, whether left and right turn them, and whether the entry
-    stands for its coordinate, which may be in a pair of each side, the left's entry then."""
+    """Some of the coordinates below d that side 1 turns, and of those in the blocks where side 2
+    turns any: the coordinate, and whether the entry stands for it, as one alone does."""
     e = tl.program_id(0) * block + tl.arange(0, block)
-    i = tl.load(at + e, mask=e < E, other=-1)
-    in_L = _turns(p_L, i, (i >= 0) & (i < n), left)
-    in_R = _turns(p_R, i, (i >= 0) & (i < m), right)
-    return i[None, :], in_L[None, :], tl.where(e < E_L, in_L, in_R & (in_L == 0))[None, :]
+    of_block, r = e >= E_1, tl.maximum(e - E_1, 0)
+    place = tl.where(of_block, begin_2 + r // b, begin_1 + e)
+    j = tl.load(at + place, mask=e < E_1 + b * E_2, other=-1).to(tl.int32)
+    first = tl.maximum(j, 0) // b * b
+    i = tl.where(of_block, first + r % b, j)
+    in_1 = _turns(p_1, i, (i >= 0) & (i < d), turns_1)
+    in_2 = _turns(p_2, j, of_block & (j >= 0) & (j < q), turns_2)
+    before = first[:, None] + tl.arange(0, wide)[None, :]
+    taken = _turns(p_2, before, in_2[:, None] & (before < j[:, None]), turns_2)
+    in_2 = in_2 & (tl.max(taken.to(tl.int32), 1) == 0) & (i < q)
+    return i, tl.where(of_block, in_2 & (in_1 == 0), in_1)
 
 
 @triton.jit
@@ -155,63 +184,74 @@ def _number(t, i, inside):
 
 
 @triton.jit
-def _mixed(x, row, i, inside, c, s, p, turns: tl.constexpr):
-    """(R x)_i of the rows that `row` begins: c_i x_i + s_i x_{p_i}."""
-    own = _number(x, row + i, inside)
+def _turn(c, s, p, i, inside, turns: tl.constexpr):
+    """c_i, s_i, the partner, and whether it is another."""
+    partner = i
+    moves = inside & (i < 0)
     if turns:
-        other = _number(x, row + tl.load(p + i, mask=inside, other=0), inside)
-        own = _number(c, i, inside) * own + _number(s, i, inside) * other
-    return own
+        partner = tl.load(p + i, mask=inside, other=0).to(tl.int32)
+        moves = inside & (partner != i)
+    return tl.where(moves, _number(c, i, moves), 1.0), _number(s, i, moves), partner, moves
 
 
 @triton.jit
-def _core(x, row, i, inside, q, C, c, s, p, turns: tl.constexpr, b: tl.constexpr):
-    """z_i = (C R_R x)_i."""
-    total = tl.where(inside, 0.0, 0.0)
-    for j in range(b):
-        k = i // b * b + j
-        here = inside & (i < q) & (k < q)
-        total += _number(C, i * b + j, here) * _mixed(x, row, k, here, c, s, p, turns)
-    return total
+def _columns(i, inside, q, b: tl.constexpr, wide: tl.constexpr):
+    """The coordinates of the block that holds i."""
+    k = tl.arange(0, wide)[None, :]
+    j = (tl.maximum(i, 0) // b * b)[:, None] + k
+    return j, inside[:, None] & (k < b) & (j < q)
 
 
 @triton.jit
-def _scaled(dy, row, i, inside, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr):
-    """(R_L (s ⊙ dy))_i."""
-    own = _number(dy, row + i, inside)
+def _mixed(x, row, there, i, inside, c, s, partner, moves):
+    """(R x)_i of some rows, for coordinates i in one dimension or in two."""
+    u = c[None] * _number(x, row + i[None], there & inside[None])
+    return u + s[None] * _number(x, row + partner[None], there & moves[None])
+
+
+@triton.jit
+def _core(
+    x, row, there, i, inside, q, C, c, s, p, turns: tl.constexpr, b: tl.constexpr,
+    wide: tl.constexpr,
+):  # fmt: skip
+    """z_i = (C R_R x)_i, and R_R x in its block."""
+    inside = inside & (i < q)
+    j, here = _columns(i, inside, q, b, wide)
+    core = _number(C, i[:, None] * b + tl.arange(0, wide)[None, :], here)
+    c, s, partner, moves = _turn(c, s, p, j, here, turns)
+    u = _mixed(x, row[:, :, None], there[:, :, None], j, here, c, s, partner, moves)
+    return tl.sum(core[None] * u, 2), u
+
+
+@triton.jit
+def _scaled_turn(c, s, p, s_1, i, inside, turns: tl.constexpr, scaled: tl.constexpr):
+    """`_turn` of R_L diag(s)."""
+    c, s, partner, moves = _turn(c, s, p, i, inside, turns)
     if scaled:
-        own *= 1 + _number(s_1, i, inside)
-    if turns:
-        partner = tl.load(p + i, mask=inside, other=0)
-        other = _number(dy, row + partner, inside)
-        if scaled:
-            other *= 1 + _number(s_1, partner, inside)
-        own = _number(c, i, inside) * own + _number(s, i, inside) * other
-    return own
+        c, s = c * (1 + _number(s_1, i, inside)), s * (1 + _number(s_1, partner, moves))
+    return c, s, partner, moves
 
 
 @triton.jit
 def _back(
-    dy, row, j, inside, q, C, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr,
-    b: tl.constexpr,
+    dy, row, there, j, inside, q, C, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr,
+    b: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """(Cᵀ R_L (s ⊙ dy))_j."""
-    total = tl.where(inside, 0.0, 0.0)
-    for k in range(b):
-        i = j // b * b + k
-        here = inside & (i < q) & (j < q)
-        h = _scaled(dy, row, i, here, c, s, p, s_1, turns, scaled)
-        total += _number(C, i * b + j % b, here) * h
-    return total
+    inside = inside & (j < q)
+    i, here = _columns(j, inside, q, b, wide)
+    core = _number(C, i * b + (j % b)[:, None], here)
+    c, s, partner, moves = _scaled_turn(c, s, p, s_1, i, here, turns, scaled)
+    h = _mixed(dy, row[:, :, None], there[:, :, None], i, here, c, s, partner, moves)
+    return tl.sum(core[None] * h, 2)
 
 
 @triton.jit
 def _finish(
-    z, y, at, delta, scale, shift, inside, scaled: tl.constexpr, on_output: tl.constexpr,
+    z, y, at, u, delta, scale, shift, inside, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr,
 ):  # fmt: skip
-    """Add Δ to z, scale and shift, and store at `at`; with `apart` z keeps what is not scaled."""
-    u = _number(z, at, inside)
+    """Add Δ to u, scale and shift, and store at `at`; with `apart` z keeps what is not scaled."""
     if scaled and not on_output:
         delta = scale * delta
     u = u + delta
@@ -240,56 +280,52 @@ def _forward(
     scale = 1 + _number(s_1, i, rests & (i < n)) if scaled else 1.0
     shift = _number(b, i, rests & (i < n)) if biased else 0.0
     delta = core * _number(x, t * m + i, (t < T) & (i < q))
-    _finish(z, y, t * n + i, delta, scale, shift, inside, scaled, on_output, biased, apart)
+    u = _number(z, t * n + i, inside)
+    _finish(z, y, t * n + i, u, delta, scale, shift, inside, scaled, on_output, biased, apart)
 
 
 @triton.jit
 def _core_tile(C, first, q, b: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr):
-    """The square piece of Cᵀ whose columns begin at `first`, and where it has entries."""
+    """The square piece of Cᵀ whose columns begin at `first`."""
     k, i = tl.arange(0, wide)[:, None], tl.arange(0, wide)[None, :]
-    inside = (k // b == i // b) & (k < whole) & (first + i < q)
-    at = (first + i) * b + k % b
-    return tl.load(C + at, mask=inside & (first + k < q), other=0.0), at, inside
-
-
-@triton.jit
-def _with_turned(tile, x, row, i, inside, c, s, p, s_1, turns: tl.constexpr, scaled: tl.constexpr):
-    """R of a tile of (s ⊙) x, in whose columns i mostly nothing turns."""
-    if turns:
-        moves = _turns(p, i, inside, turns)
-        if tl.max(tl.max(moves.to(tl.int32), 1), 0) > 0:
-            partner = tl.load(p + i, mask=moves, other=0)
-            other = _number(x, row + partner, moves)
-            if scaled:
-                other *= 1 + _number(s_1, partner, moves)
-            mixed = _number(c, i, moves) * tile + _number(s, i, moves) * other
-            tile = tl.where(moves, mixed, tile)
-    return tile
+    core = tl.zeros((wide, wide), tl.float32)
+    for j in range(b):
+        at = i // b * b + j
+        here = (i < whole) & (first + i < q) & (first + at < q)
+        core = tl.where(k == at, _number(C, (first + i) * b + j, here), core)
+    return core
 
 
 @triton.jit
 def _forward_blocks(
     z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
+    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr, tokens,
     whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * whole
-    k = tl.arange(0, wide)[None, :]
-    i = first + k
-    t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
-    inside = (t < T) & (k < whole) & (i < n)
-    there = (t < T) & (k < whole) & (i < q)
-    u = _number(x, t * m + i, there)
-    u = _with_turned(u, x, t * m, i, there, c_R, s_R, p_R, s_1, right, False)
-    core, _, _ = _core_tile(C, first, q, width, whole, wide)
-    kind: tl.constexpr = x.dtype.element_ty
-    delta = tl.dot(u.to(kind), core.to(kind))
-    rests = _turns(p_L, i, i < n, left) == 0
-    scale = 1 + _number(s_1, i, rests & (i < n)) if scaled else 1.0
-    shift = _number(b, i, rests & (i < n)) if biased else 0.0
-    delta = tl.where(rests, delta, 0.0)
-    _finish(z, y, t * n + i, delta, scale, shift, inside, scaled, on_output, biased, apart)
+    k = tl.arange(0, wide)
+    i, row = (first + k)[None, :], tl.arange(0, block_t)[:, None]
+    in_n, in_q = (k < whole)[None, :] & (i < n), (k < whole)[None, :] & (i < q)
+    begin = tl.program_id(1).to(tl.int64) * tokens
+    end = tl.minimum(begin + tokens, T)
+    core = _core_tile(C, first, q, width, whole, wide).to(x.dtype.element_ty)
+    # What turning affects keeps its z for now: a store of all columns is a wide one.
+    moves = _turns(p_R, first + k, (k < whole) & (first + k < q), right)
+    moves = moves[:, None] & ((k // width)[:, None] == (k // width)[None, :])
+    moves = in_q & (tl.max(moves.to(tl.int32), 0) > 0)[None, :]
+    rests = (_turns(p_L, i, in_n, left) | moves) == 0
+    scale = 1 + _number(s_1, i, rests & in_n) if scaled else 1.0
+    shift = _number(b, i, rests & in_n) if biased else 0.0
+    for t in range(begin, end, block_t):
+        there = row < end - t
+        own = tl.load(x + t * m + (row * m + i), mask=there & in_q, other=0.0)
+        u = _number(z + t * n, row * n + i, there & in_n)
+        delta = tl.where(rests, tl.dot(own, core), 0.0)
+        _finish(
+            z + t * n, y + t * n, row * n + i, u, delta, scale, shift, there & in_n,
+            scaled, on_output, biased, apart,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -297,20 +333,23 @@ def _forward_at(
     z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
-    block_t: tl.constexpr, block: tl.constexpr,
+    block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    i, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
+    i, counts = _entries(
+        at, 0, E_L, p_L, E_L, E - E_L, p_R, n, q, left, right, width, block, wide
+    )  # fmt: skip
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
-    inside = (t < T) & counts & (in_L | (i < q))
-    delta = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right, width)
+    inside = (t < T) & counts[None, :]
+    u = _number(z, t * n + i[None, :], inside)
+    delta, _ = _core(x, t * m, t < T, i, counts, q, C, c_R, s_R, p_R, right, width, wide)
     if left:
-        partner = tl.load(p_L + i, mask=in_L, other=0)
-        other = _core(x, t * m, partner, inside & in_L, q, C, c_R, s_R, p_R, right, width)
-        c, s = tl.where(in_L, _number(c_L, i, in_L), 1.0), _number(s_L, i, in_L)
-        delta = c * delta - s * other
-    scale = 1 + _number(s_1, i, counts & (i < n)) if scaled else 1.0
-    shift = _number(b, i, counts & (i < n)) if biased else 0.0
-    _finish(z, y, t * n + i, delta, scale, shift, inside, scaled, on_output, biased, apart)
+        c, s, partner, in_L = _turn(c_L, s_L, p_L, i, counts, left)
+        other, _ = _core(x, t * m, t < T, partner, in_L, q, C, c_R, s_R, p_R, right, width, wide)
+        delta = c[None, :] * delta - s[None, :] * other
+    scale = 1 + _number(s_1, i, counts)[None, :] if scaled else 1.0
+    shift = _number(b, i, counts)[None, :] if biased else 0.0
+    at_i = t * n + i[None, :]
+    _finish(z, y, at_i, u, delta, scale, shift, inside, scaled, on_output, biased, apart)
 
 
 @triton.jit
@@ -369,132 +408,145 @@ def _backward_blocks(
     width: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * whole
-    k = tl.arange(0, wide)[None, :]
-    i, valid = first + k, k < whole
+    k, row = tl.arange(0, wide)[None, :], tl.arange(0, block_t)[:, None]
+    i = first + k
+    in_n, in_m, in_q = (k < whole) & (i < n), (k < whole) & (i < m), (k < whole) & (i < q)
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    core, entry, has_entry = _core_tile(C, first, q, width, whole, wide)
     kind: tl.constexpr = x.dtype.element_ty
-    core = core.to(kind)
-    scale = 1 + _number(s_1, i, valid & (i < n)) if scaled else 1.0
-    sum_s = tl.zeros((1, wide), tl.float32)
-    squares_g = tl.zeros((1, wide), tl.float32)
-    squares_x = tl.zeros((1, wide), tl.float32)
+    core = _core_tile(C, first, q, width, whole, wide).to(kind)
+    scale = 1 + _number(s_1, i, in_n) if scaled else 1.0
+    sum_s = tl.zeros((block_t, wide), tl.float32)
+    squares_g = tl.zeros((block_t, wide), tl.float32)
+    squares_x = tl.zeros((block_t, wide), tl.float32)
     sum_C = tl.zeros((wide, wide), tl.float32)
-    for start in range(begin, end, block_t):
-        t = (start + tl.arange(0, block_t)).to(tl.int64)[:, None]
-        here = (t < end) & valid
-        g = _number(dy, t * n + i, here & (i < n))
-        own = _number(x, t * m + i, here & (i < (m if energies else q)))
+    for t in range(begin, end, block_t):
+        there = row < end - t
+        at_n, at_m = row * n + i, row * m + i
+        g = _number(dy + t * n, at_n, there & in_n)
+        own = tl.load(x + t * m + at_m, mask=there & (in_m if energies else in_q), other=0.0)
         h = scale * g
         if energies:
-            squares_g += tl.sum(g * g, 0)[None, :]
-            squares_x += tl.sum(own * own, 0)[None, :]
-        if scaled and on_output:
-            sum_s += tl.sum(g * _number(out, t * n + i, here & (i < n)), 0)[None, :]
-            tl.store(du + t * n + i, h.to(du.dtype.element_ty), mask=here & (i < n))
-        there = here & (i < q)
-        h = _with_turned(h, dy, t * n, i, there, c_L, s_L, p_L, s_1, left, scaled)
-        u = _with_turned(own, x, t * m, i, there, c_R, s_R, p_R, s_1, right, False)
-        h, u = tl.where(i < q, h, 0.0).to(kind), tl.where(i < q, u, 0.0).to(kind)
-        sum_C = tl.dot(tl.trans(u), h, sum_C)
-        if scaled and not on_output:
-            sum_s += tl.sum(g * tl.dot(u, core), 0)[None, :]
+            squares_g += g * g
+            squares_x += own.to(tl.float32) * own.to(tl.float32)
+        if scaled:
+            if on_output:
+                sum_s += g * _number(out + t * n, at_n, there & in_n)
+                tl.store(du + t * n + at_n, h.to(du.dtype.element_ty), mask=there & in_n)
+            else:
+                sum_s += g * tl.dot(own, core)
+        h = h.to(kind)
+        sum_C = tl.dot(tl.trans(own), h, sum_C)
         if to_input:
             e = tl.dot(h, tl.trans(core)).to(dx.dtype.element_ty)
-            tl.store(dx + t * m + i, e, mask=here & (i < m))
+            tl.store(dx + t * m + at_m, e, mask=there & in_m)
     size = tl.maximum(n, m)
     to = parts + split * (4 if energies else 2) * size + i
+    total = tl.sum(sum_s, 0)[None, :]
     if divide:
-        sum_s = tl.where(scale == 0, 0.0, sum_s / scale)
-    tl.store(to, sum_s, mask=valid & (i < n))
+        total = tl.where(scale == 0, 0.0, total / scale)
+    tl.store(to, total, mask=in_n)
     if energies:
-        tl.store(to + 2 * size, squares_g, mask=valid & (i < n))
-        tl.store(to + 3 * size, squares_x, mask=valid & (i < m))
-    tl.store(dC + split * q * width + entry, sum_C, mask=has_entry)
+        tl.store(to + 2 * size, tl.sum(squares_g, 0)[None, :], mask=in_n)
+        tl.store(to + 3 * size, tl.sum(squares_x, 0)[None, :], mask=in_m)
+    # x goes on beyond the core where there are more inputs than outputs.
+    j = tl.arange(0, wide)[:, None]
+    to = dC + split * q * width + i * width + j % width
+    sum_C = tl.where(first + j < q, sum_C, 0.0)
+    tl.store(to, sum_C, mask=(j // width == k // width) & in_q)
 
 
 @triton.jit
 def _input_gradient_at(
     dy, dx, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, T, n, m, q, E, E_L,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    j, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
+    j, counts = _entries(
+        at, E_L, E - E_L, p_R, 0, E_L, p_L, m, q, right, left, width, block, wide
+    )  # fmt: skip
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
-    inside = (t < T) & counts & (j < m)
-    e = _back(dy, t * n, j, inside, q, C, c_L, s_L, p_L, s_1, left, scaled, width)
+    here = t < T
+    e = _back(dy, t * n, here, j, counts, q, C, c_L, s_L, p_L, s_1, left, scaled, width, wide)
     if right:
-        in_R = _turns(p_R, j, counts & (j < m), right)
-        partner = tl.load(p_R + j, mask=in_R, other=0)
-        there = inside & in_R
-        other = _back(dy, t * n, partner, there, q, C, c_L, s_L, p_L, s_1, left, scaled, width)
-        c, s = tl.where(in_R, _number(c_R, j, in_R), 1.0), _number(s_R, j, in_R)
-        e = c * e - s * other
-    tl.store(dx + t * m + j, e.to(dx.dtype.element_ty), mask=inside)
+        c, s, partner, in_R = _turn(c_R, s_R, p_R, j, counts, right)
+        other = _back(
+            dy, t * n, here, partner, in_R, q, C, c_L, s_L, p_L, s_1, left, scaled, width, wide
+        )  # fmt: skip
+        e = c[None, :] * e - s[None, :] * other
+    tl.store(dx + t * m + j[None, :], e.to(dx.dtype.element_ty), mask=here & counts[None, :])
 
 
 @triton.jit
 def _sums_at(
     dy, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, found, T, n, m, q, E, E_L, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    i, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
+    i, counts = _entries(
+        at, 0, E_L, p_L, E_L, E - E_L, p_R, n, q, left, right, width, block, wide
+    )  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    counts = counts & (in_L | (i < q))
-    in_R = _turns(p_R, i, counts & (i < q), right)
-    left_of = tl.load(p_L + i, mask=in_L, other=0) if left else i
-    right_of = tl.load(p_R + i, mask=in_R, other=0) if right else i
-    c = tl.where(in_L, _number(c_L, i, in_L), 1.0) if left else 1.0
-    s = _number(s_L, i, in_L) if left else 0.0
-    scale = 1 + _number(s_1, i, counts & (i < n)) if scaled else 1.0
+    c, s, left_of, in_L = _turn(c_L, s_L, p_L, i, counts, left)
+    scaled_c, scaled_s, _, _ = _scaled_turn(c_L, s_L, p_L, s_1, i, counts, left, scaled)
+    _, _, right_of, in_R = _turn(c_R, s_R, p_R, i, counts & (i < q), right)
+    scale = 1 + _number(s_1, i, counts) if scaled else 1.0
     zeros = tl.zeros((block_t, block), tl.float32)
-    sum_s, sum_C, sum_cl, sum_sl, sum_cr, sum_sr = zeros, zeros, zeros, zeros, zeros, zeros
+    own, other, sum_cr, sum_sr = zeros, zeros, zeros, zeros
+    sum_C = tl.zeros((block_t, block, wide), tl.float32)
     for first in range(begin, end, block_t):
         t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
-        inside = (t < end) & counts
-        g = _number(dy, t * n + i, inside)
-        z = _core(x, t * m, i, inside, q, C, c_R, s_R, p_R, right, width)
-        z_p = zeros
+        here = t < end
+        g = _number(dy, t * n + i[None, :], here & counts[None, :])
+        z, u = _core(x, t * m, here, i, counts, q, C, c_R, s_R, p_R, right, width, wide)
+        own += g * z
+        h = scaled_c[None, :] * g
         if left:
-            z_p = _core(x, t * m, left_of, inside & in_L, q, C, c_R, s_R, p_R, right, width)
-        sum_s += g * (c * z - s * z_p)
-        sum_cl += scale * g * z
-        sum_sl -= scale * g * z_p
-        here = inside & (i < q)
-        if width == 1:
-            # h = s ⊙ dy, turned by R_L.
-            h = _scaled(dy, t * n, i, here, c_L, s_L, p_L, s_1, left, scaled)
-            sum_C += h * _mixed(x, t * m, i, here, c_R, s_R, p_R, right)
+            z, _u = _core(x, t * m, here, left_of, in_L, q, C, c_R, s_R, p_R, right, width, wide)
+            other += g * z
+            h += scaled_s[None, :] * _number(dy, t * n + left_of[None, :], here & in_L[None, :])
+        sum_C += h[:, :, None] * u
         if right:
-            there = here & in_R
-            e = _back(dy, t * n, i, there, q, C, c_L, s_L, p_L, s_1, left, scaled, width)
-            sum_cr += e * _number(x, t * m + i, there)
-            sum_sr += e * _number(x, t * m + right_of, there)
-    e = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
-    to = found + split * 6 * E + e
-    tl.store(to, tl.sum(sum_s, 0)[None, :], mask=e < E)
-    tl.store(to + E, tl.sum(sum_C, 0)[None, :], mask=e < E)
-    tl.store(to + 2 * E, tl.sum(sum_cl, 0)[None, :], mask=e < E)
-    tl.store(to + 3 * E, tl.sum(sum_sl, 0)[None, :], mask=e < E)
-    tl.store(to + 4 * E, tl.sum(sum_cr, 0)[None, :], mask=e < E)
-    tl.store(to + 5 * E, tl.sum(sum_sr, 0)[None, :], mask=e < E)
+            e = _back(
+                dy, t * n, here, i, in_R, q, C, c_L, s_L, p_L, s_1, left, scaled, width, wide
+            )  # fmt: skip
+            there = here & in_R[None, :]
+            sum_cr += e * _number(x, t * m + i[None, :], there)
+            sum_sr += e * _number(x, t * m + right_of[None, :], there)
+    own, other = tl.sum(own, 0), tl.sum(other, 0)
+    k = tl.arange(0, wide)[None, :]
+    e = tl.program_id(0) * block + tl.arange(0, block)
+    entries = E_L + width * (E - E_L)
+    to = found + split * (5 + width) * entries + e
+    tl.store(to, c * own - s * other, mask=e < entries)
+    to_core = to[:, None] + (1 + k) * entries
+    tl.store(to_core, tl.sum(sum_C, 0), mask=(e < entries)[:, None] & (k < width))
+    to += (1 + width) * entries
+    tl.store(to, scale * own, mask=e < entries)
+    tl.store(to + entries, -scale * other, mask=e < entries)
+    tl.store(to + 2 * entries, tl.sum(sum_cr, 0), mask=e < entries)
+    tl.store(to + 3 * entries, tl.sum(sum_sr, 0), mask=e < entries)
 
 
 @triton.jit
 def _place(
-    found, sums, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, splits, T, n, m, q, E, E_L,
+    found, sums, dC, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, splits, T, n, m, q, E, E_L,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    first_row: tl.constexpr, block_s: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, first_row: tl.constexpr, block_s: tl.constexpr, block: tl.constexpr,
+    wide: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) + first_row
-    i, in_L, counts = _entries(at, E_L, p_L, p_R, n, m, E, left, right, block)
-    counts = counts & (in_L | (i < q))
+    i, counts = _entries(
+        at, 0, E_L, p_L, E_L, E - E_L, p_R, n, q, left, right, width, block, wide
+    )  # fmt: skip
     e = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.arange(0, block_s)[:, None]
-    value = _number(found, (split * 6 + row) * E + e, counts & (split < splits))
-    tl.store(sums + row * n + i, tl.sum(value, 0)[None, :], mask=counts)
+    at_e = (split * (5 + width) + row) * (E_L + width * (E - E_L)) + e
+    total = tl.sum(_number(found, at_e, counts[None, :] & (split < splits)), 0)
+    if (row > 0) & (row <= width):
+        tl.store(dC + i * width + row - 1, total, mask=counts & (i < q))
+    else:
+        tl.store(sums + tl.maximum(row + 1 - width, 0) * n + i, total, mask=counts)
