@@ -63,8 +63,9 @@ def adapted(d_in, d_out, bias, dtype, variant, hyperparameters):
 def test_fused_equals_plain(monkeypatch, variant, hyperparameters, d_in, d_out, bias, dtype):
     layer = adapted(d_in, d_out, bias, dtype, variant, hyperparameters)
     # Enough tokens for every kernel, in a shape and a layout of some awkwardness.
-    x = torch.randn(3, d_in, 100, dtype=dtype, device=DEVICE).mT
-    g = torch.randn(3, 100, d_out, dtype=dtype, device=DEVICE)
+    T = 11 if variant == "jora" else 100
+    x = torch.randn(3, d_in, T, dtype=dtype, device=DEVICE).mT
+    g = torch.randn(3, T, d_out, dtype=dtype, device=DEVICE)
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     fused = outputs(layer, x, g)
     exact = layer.double()
@@ -98,7 +99,7 @@ def test_pairs_of_both_sides_that_meet(
         own[f"active_{side}"].copy_(torch.tensor([1, 1, side == "R", 1, side == "R", 1]).bool())
         own[f"theta_{side}"].data[1] = 0
     own["active_R"][5] = False
-    x, g = (torch.randn(300, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    x, g = (torch.randn(33, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     fused = outputs(layer, x, g)
     assert "_AddRotatedBackward" in nodes(layer(x))
@@ -113,7 +114,8 @@ def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
     """Compiled whole, the layer runs the same kernels, and nothing of them is traced."""
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     layer = adapted(24, 40, True, DTYPES[0], variant, hyperparameters).train()
-    x, g = (torch.randn(2, 150, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
+    T = 11 if variant == "jora" else 150
+    x, g = (torch.randn(2, T, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
     traced = []
 
     def backend(graph, _):
@@ -142,7 +144,7 @@ def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
 def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, magnitude, core):
     hyper = J | dict(selection="topk_ema", magnitude=magnitude, core=core)
     layer = adapted(d_in, d_out, bias, DTYPES[0], "jora", hyper).train()
-    x, g = (torch.randn(300, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    x, g = (torch.randn(33, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     for _ in range(2):
         y = layer(x)
@@ -180,7 +182,7 @@ def test_what_is_not_plain_is_not_taken_apart(monkeypatch, variant, hyperparamet
     monkeypatch.setattr(launch, "INTERPRETED", True)
     layer = nn.Linear(24, 40, device=DEVICE)
     ll.attach(layer, variant, **hyperparameters)
-    x = torch.randn(300, 24, device=DEVICE)
+    x = torch.randn(30, 24, device=DEVICE)
     assert node in nodes(layer(x))
     with ll.strength(layer, 0.5):
         assert node not in nodes(layer(x))
