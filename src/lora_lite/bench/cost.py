@@ -429,7 +429,8 @@ def _saved_mib(side: Side, work: Workload) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not itself: an output that its own node holds would never be freed.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = work.forward(side)
