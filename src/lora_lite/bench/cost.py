@@ -81,8 +81,6 @@ TRACKS: dict[str, Targets] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_p
 
 MIB = 2**20
 ROUNDS = 4
-QUEUED_STEPS = 5
-CYCLES_A_MS = 2e6
 KEPT_TRIPLETS = 256
 # Large enough to change the outputs by far more than rounding, small enough to keep them tame.
 MOVED = 0.02
@@ -294,12 +292,10 @@ def _costs(
     peaks = [_peak_mib(side, work, mode) for side in sides]
     saved = [_saved_mib(side, work) if mode == "eager" else None for side in sides]
     ms = _time(sides, work, steps)
-    costs = {}
-    for side, times, peak, kept in zip(sides, ms, peaks, saved):
-        timed = _percentiles(times)
-        costs[side.name] = Cost(
-            *timed, peak, kept, side.init_seconds, side.fullgraph, _queued_ms(side, work, timed[0])
-        )
+    costs = {
+        side.name: Cost(*_percentiles(times), peak, kept, side.init_seconds, side.fullgraph)
+        for side, times, peak, kept in zip(sides, ms, peaks, saved)
+    }
     return costs, ms[0]
 
 
@@ -323,25 +319,6 @@ def _time(sides: Sequence[Side], work: Workload, steps: int) -> list[list[float]
             _repeat(side, work, 1)
             times += _timed(side, work, math.ceil(steps / ROUNDS))
     return ms
-
-
-def _queued_ms(side: Side, work: Workload, ms: float) -> float | None:
-    """Median milliseconds of a step that the host, which takes no more than twice `ms` for it, has
-    queued before the device begins; None on a CPU."""
-    if kind(work.device) != "cuda":
-        return None
-    times = []
-    for _ in range(QUEUED_STEPS):
-        work.clear(side)
-        torch.cuda.synchronize(work.device)
-        torch.cuda._sleep(int(CYCLES_A_MS * (2 * ms + 10)))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work.step(side)
-        end.record()
-        torch.cuda.synchronize(work.device)
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _drift(ms: Sequence[float]) -> float:

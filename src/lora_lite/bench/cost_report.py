@@ -15,7 +15,6 @@ COLOURS = {"ours": "#2458a6", "peft_default": "#d1495b", "peft_same_dtype": "#e9
 COLUMNS = (
     "method",
     "eager, × frozen",
-    "queued",
     "counted",
     "PEFT (bf16)",
     "compiled, × frozen",
@@ -75,10 +74,9 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         "the input, none to weights), and peak memory above its; lowest in bold, whoever has it. "
         f"A {shape['layers']}-layer Llama of width {shape['width']:,}, {shape['tokens']:,} tokens, "
         f"{shape['dtype']}, all seven projections adapted; adapter tensors are float32, PEFT's in "
-        "brackets in the base's dtype. Queued: ours over the frozen step, both queued whole before "
-        "the device begins, so that it never waits for the host. Counted: the frozen step, and "
-        "what the fused form must read, write and multiply at the rates of a large copy and a "
-        f"large product. Frozen: {ms}{peak}. Median of "
+        "brackets in the base's dtype. Counted: the frozen step, and what the fused form must "
+        "read, write and multiply at the rates of a large copy and a large product. "
+        f"Frozen: {ms}{peak}. Median of "
         f"{min(row.steps for row in measured)} or more steps after warm-up, all sides in one "
         "process, in alternating rounds, on the same weights and adapter tensors, with outputs "
         f"and gradients that agree. {device}, torch {versions['torch']}, PEFT {versions['peft']}. "
@@ -125,7 +123,6 @@ LONG = (
     "side",
     "ms (p20–p80)",
     "× frozen",
-    "queued ms",
     "peak MiB",
     "extra MiB",
     "saved MiB",
@@ -143,7 +140,7 @@ def _long(found: Sequence[Row]) -> str:
             name = "frozen" if side == "floor" else NAMES[side]
             if cost is None:
                 if not row.missing[side].startswith("PEFT has no such"):
-                    lines.append(_line([what, row.mode, name, row.missing[side], *[""] * 6]))
+                    lines.append(_line([what, row.mode, name, row.missing[side], *[""] * 5]))
                 continue
             parts = " (in parts)" if cost.fullgraph is False else ""
             lines.append(
@@ -154,7 +151,6 @@ def _long(found: Sequence[Row]) -> str:
                         name,
                         f"{cost.ms:.2f} ({cost.ms_p20:.2f}–{cost.ms_p80:.2f})",
                         _number(cost.ms / row.floor.ms, 3),
-                        _number(cost.queued_ms, 2),
                         _number(cost.peak_mib, 0),
                         _number(None if side == "floor" else row.extra_mib(side), 0),
                         _number(cost.saved_mib, 0),
@@ -182,7 +178,6 @@ def _cells(label: str, pair: Pair) -> list[str]:
         }
         out.append(text["ours"])
         if row is eager and quantity == "over_floor":
-            out.append(_number(eager and eager.queued_over_floor(), 2))
             out.append(_number(eager and counted(eager), 2))
         peft = (values["peft_default"], values["peft_same_dtype"])
         out.append(

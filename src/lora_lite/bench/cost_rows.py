@@ -21,8 +21,7 @@ class Cost:
     """One side's step: milliseconds forward and backward (median, 20th and 80th percentile), MiB
     of all tensors at its peak, MiB that autograd saves between forward and backward (parameters
     and buffers left out), seconds to put the adapters on, and whether it compiled whole; what does
-    not is timed after the others, alone. queued_ms: of a step that the host has queued whole before
-    the device begins, so that the device never waits for it. None where it wasn't measured."""
+    not is timed after the others, alone. None where it wasn't measured."""
 
     ms: float
     ms_p20: float
@@ -31,7 +30,6 @@ class Cost:
     saved_mib: float | None
     init_seconds: float | None = None
     fullgraph: bool | None = None
-    queued_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,6 @@ class Row:
         cost = getattr(self, side)
         return None if cost is None else cost.ms / self.floor.ms
 
-    def queued_over_floor(self, side: str = "ours") -> float | None:
-        """The same of steps that the device never waits in."""
-        cost = getattr(self, side)
-        if cost is None or cost.queued_ms is None or self.floor.queued_ms is None:
-            return None
-        return cost.queued_ms / self.floor.queued_ms
-
     def extra_mib(self, side: str = "ours") -> float | None:
         """A side's peak memory above the floor's."""
         cost = getattr(self, side)
@@ -83,7 +74,6 @@ class Row:
     def summary(self) -> dict[str, float | None]:
         """What the row comes to."""
         out = {"ms": self.ours.ms, "over_floor": self.over_floor(), "extra_mib": self.extra_mib()}
-        out["queued_over_floor"] = self.queued_over_floor()
         for side in PEFT_DTYPES:
             out[f"{side}_over_floor"] = self.over_floor(side)
             out[f"{side}_extra_mib"] = self.extra_mib(side)
