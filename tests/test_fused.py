@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import lora_lite as ll
-from lora_lite.ops import launch
+from lora_lite.ops import launch, skinny
 from lora_lite.ops.low_rank import turn_low_rank
 from lora_lite.ops.reflections import reflections
 from lora_lite.shapes import unchecked
@@ -136,6 +136,27 @@ def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
             by_inductor = outputs(layer, x, g, torch.compile(layer, fullgraph=True))
     for key, a in [*got.items(), *by_inductor.items()]:
         close(a, want[key], 1e-6 if DTYPES[0] == torch.float32 else 2e-2, key)
+
+
+@pytest.mark.parametrize(
+    "variant, hyperparameters",
+    [("lora", {}), ("dora", {}), ("hra", {}), ("dplr", dict(r=16)), ("road", dict(group_size=8))],
+)
+def test_one_compiled_form_serves_any_number_of_tokens(monkeypatch, variant, hyperparameters):
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    monkeypatch.setattr(skinny, "has_kernel", lambda x, r: launch.kernels_serve(x))
+    layer = adapted(24, 40, True, DTYPES[0], variant, hyperparameters)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with unchecked():
+        for T in (10, 37, 21, 50):
+            x, g = (torch.randn(2, T, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
+            want = outputs(layer, x, g)
+            for key, a in outputs(layer, x, g, compiled).items():
+                close(a, want[key], 1e-6 if DTYPES[0] == torch.float32 else 2e-2, key)
+    # The first number is taken for the only one.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("core", ["diag", "block"])

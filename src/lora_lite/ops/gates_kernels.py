@@ -21,8 +21,8 @@ def gate(z: Tensor, g: Tensor) -> Tensor:
     rows, y, d = as_rows(z), empty(z), len(g)
     across = cdiv(d, BLOCK)
     launch(
-        _gate, (across * cdiv(len(rows), BLOCK_T),),
-        rows, g.contiguous(), y, len(rows), d, across,
+        _gate, (across * cdiv(rows.shape[0], BLOCK_T),),
+        rows, g.contiguous(), y, rows.shape[0], d, across,
         BLOCK_T, BLOCK,
     )  # fmt: skip
     return y
@@ -32,11 +32,11 @@ def gate_backward(dy: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """(dz, dg)."""
     rows, dz, d = as_rows(z), empty(z), len(g)
     across = cdiv(d, BLOCK)
-    splits, tokens = shares(len(rows), across, BLOCK_T)
+    splits, tokens = shares(rows.shape[0], across, BLOCK_T)
     parts = g.new_empty(splits, d, dtype=torch.float32)
     launch(
         _gate_backward, (across, splits),
-        as_rows(dy), rows, g.contiguous(), dz, parts, len(rows), d, tokens,
+        as_rows(dy), rows, g.contiguous(), dz, parts, rows.shape[0], d, tokens,
         BLOCK_T, BLOCK, STAGES,
     )  # fmt: skip
     return dz, parts.sum(0).to(g.dtype)
@@ -46,8 +46,8 @@ def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     rows, y, (n, two, h) = as_rows(z), empty(z), c.shape
     across = cdiv(n * h, BLOCK)
     launch(
-        _turn, (across * cdiv(len(rows), BLOCK_T),),
-        rows, c.contiguous(), s.contiguous(), y, len(rows), n * h, across,
+        _turn, (across * cdiv(rows.shape[0], BLOCK_T),),
+        rows, c.contiguous(), s.contiguous(), y, rows.shape[0], n * h, across,
         h, two == 2, BLOCK_T, BLOCK,
     )  # fmt: skip
     return y
@@ -57,11 +57,11 @@ def turn_backward(dy: Tensor, z: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, 
     """(dz, dc, ds)."""
     rows, dz, (n, two, h) = as_rows(z), empty(z), c.shape
     across = cdiv(n * h, BLOCK)
-    splits, tokens = shares(len(rows), across, BLOCK_T // 2)
+    splits, tokens = shares(rows.shape[0], across, BLOCK_T // 2)
     parts = c.new_empty(splits, 2, n, two, h, dtype=torch.float32)
     launch(
         _turn_backward, (across, splits),
-        as_rows(dy), rows, c.contiguous(), s.contiguous(), dz, parts, len(rows), n * h, tokens,
+        as_rows(dy), rows, c.contiguous(), s.contiguous(), dz, parts, rows.shape[0], n * h, tokens,
         h, two == 2, BLOCK_T // 2, BLOCK, STAGES,
     )  # fmt: skip
     dc, ds = parts.sum(0).to(c.dtype)

@@ -89,4 +89,5 @@ def cdiv(a: int, b: int) -> int:
 
 def power_of_2(n: int) -> int:
     """The least power of 2 not below n."""
-    return 1 << (n - 1).bit_length()
+    # int: of a size that the compiler leaves open no bits can be counted.
+    return 1 << (int(n) - 1).bit_length()

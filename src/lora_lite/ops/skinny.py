@@ -109,5 +109,5 @@ def has_kernel(x: Tensor, rows: int) -> bool:
         kernels_serve(x)
         and x.dtype in (torch.bfloat16, torch.float16)
         and 0 < rows <= MOST_ROWS
-        and len(x) >= LEAST_TOKENS
+        and x.shape[0] >= LEAST_TOKENS
     )

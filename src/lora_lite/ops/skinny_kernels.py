@@ -134,7 +134,7 @@ def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
         part, sums = parts[min(k, last)][0], out[min(k, last)]
         programs = cdiv(sums.numel(), block) if k <= last else 0
         ends.append(programs + (ends[-1] if ends else 0))
-        arguments += [part, sums, len(part), sums.numel()]
+        arguments += [part, sums, part.shape[0], sums.numel()]
     launch(
         _fold, (ends[-1],),
         *arguments, ends[0], ends[1],
