@@ -99,7 +99,7 @@ def test_pairs_of_both_sides_that_meet(
         own[f"active_{side}"].copy_(torch.tensor([1, 1, side == "R", 1, side == "R", 1]).bool())
         own[f"theta_{side}"].data[1] = 0
     own["active_R"][5] = False
-    x, g = (torch.randn(33, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    x, g = (torch.randn(17, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     fused = outputs(layer, x, g)
     assert "_AddRotatedBackward" in nodes(layer(x))
@@ -165,7 +165,7 @@ def test_one_compiled_form_serves_any_number_of_tokens(monkeypatch, variant, hyp
 def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, magnitude, core):
     hyper = J | dict(selection="topk_ema", magnitude=magnitude, core=core)
     layer = adapted(d_in, d_out, bias, DTYPES[0], "jora", hyper).train()
-    x, g = (torch.randn(33, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    x, g = (torch.randn(17, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     for _ in range(2):
         y = layer(x)
