@@ -666,10 +666,14 @@ def test_pairs_that_no_layer_can_have_are_refused_at_load(tmp_path):
         (dict(pairs_R=[[3, -2], [1, 2]]), "pairs_R that overlap"),
         (dict(pairs_R=[[3, -1], [1, 2]]), "pairs_R that overlap"),
         (dict(pairs_R=[[-1, -1], [1, 2]]), "active_R at slots that hold no pair"),
+        (
+            dict(pairs_R=[[3, 4], [1, 2], [5, 6]], active_R=[True] * 3),
+            "active_R beyond its first 2 slots, where no pair turns",
+        ),
     ):
         bad = {key: t.clone() for key, t in good.items()}
         for key, rows in change.items():
-            bad[f"q_proj.{key}"][:2] = torch.tensor(rows)
+            bad[f"q_proj.{key}"][: len(rows)] = torch.tensor(rows)
         rewrite(path, bad)
         with pytest.raises(ValueError, match=f"jora: q_proj has {message}"):
             ll.load(Model(), path)

@@ -268,8 +268,9 @@ def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
         side.fullgraph = False
         return
     if mode == "compiled":
-        y = work.forward(side)
-        assert "CompiledFunction" in y.grad_fn.name(), f"ran uncompiled: {y.grad_fn.name()}"
+        y = work.forward(side)  # held: its node goes with it
+        inputs = {node.name() for node, _ in y.grad_fn.next_functions if node}
+        assert inputs == {"torch::autograd::AccumulateGrad"}, "ran uncompiled"
     _repeat(side, work, warmup)
 
 

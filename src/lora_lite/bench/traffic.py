@@ -63,7 +63,7 @@ WORK: dict[str, Work] = {
 def work_of(row: Row) -> Work | None:
     """What a row's configuration adds; None for what is not counted."""
     known, hyper = WORK.get(row.variant), row.hyperparameters
-    if row.variant == "jora" and (hyper["core"], hyper["clip"]) != ("diag", "none"):
+    if row.variant == "jora" and (hyper["core"] == "lowrank" or hyper["clip"] != "none"):
         return None
     if row.variant == "jora" and hyper["magnitude"] != "none":
         return Work(known.inputs, known.outputs + 2)

@@ -16,6 +16,8 @@ from lora_lite.ops.one_op import one_op
 
 def gate(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, "*batch d"]:
     """g ⊙ z."""
+    # torch 2.11 compiles a function whose forward ends in a conversion to no other dtype, as both
+    # plain forms do, with zero gradients and without a word.
     return _gated(z, g) if torch.compiler.is_compiling() else _Gate.apply(z, g)
 
 

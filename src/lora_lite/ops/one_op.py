@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
 
 from lora_lite.ops.launch import without_launches
 
-LIBRARY = torch.library.Library("lora_lite", "FRAGMENT")
+LIBRARY = Library("lora_lite", "FRAGMENT")
 KINDS = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -86,15 +87,13 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
             with without_launches():
                 return run(*args)
 
-        torch.library.register_fake(f"lora_lite::{name}", shapes, lib=LIBRARY)
+        register_fake(f"lora_lite::{name}", shapes, lib=LIBRARY)
         return getattr(torch.ops.lora_lite, name).default
 
     op = define(name, inputs, forward)
     schema = "Tensor?[] grads, Tensor?[] saved, bool[] needs, str numbers"
     gradient = define(f"{name}_backward", schema, backward)
-    torch.library.register_autograd(
-        f"lora_lite::{name}", formula, setup_context=set_up, lib=LIBRARY
-    )
+    register_autograd(f"lora_lite::{name}", formula, setup_context=set_up, lib=LIBRARY)
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
