@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from torch import Tensor
 INTERPRETED = False
 """Whether kernels run on the CPU too, by Triton's interpreter (TRITON_INTERPRET=1): for tests."""
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_ready: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_parts: dict[int, tuple[int, int]] = {}
+_dtype = attrgetter("dtype")
+LARGEST_INT32 = 2**31 - 1
 _launching = True
 
 
@@ -37,36 +42,54 @@ def without_launches() -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3) -> None:
-    """Run `kernel[grid](*args)`, constants in their places last, where its first tensor lies.
+    """Run `kernel[grid](*args)` where its first tensor lies: args are tensors, then numbers, then
+    constants.
 
-    What a launch specialises on is looked up by dtypes, alignments and numbers, and a kernel that
-    is found takes bare addresses: for each tensor Triton would ask the driver where it lies.
+    What Triton compiles anew for is looked up by: dtypes and alignments, what it knows of numbers,
+    and constants. What is found takes bare addresses: for each tensor Triton would ask the driver
+    where it lies. Launch hooks are not called.
     """
     if not _launching:
         return
-    device = args[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, *args, warps=warps, stages=stages)
-    values, kinds = [], [id(kernel), grid, device.index, warps, stages]
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            values.append(address)
-            kinds.append(arg.dtype)
-            kinds.append(address % 16)
-        else:
-            values.append(arg)
-            kinds.append(arg)
-    key = tuple(kinds)
-    run = _compiled.get(key)
-    if run is not None:
-        run(*values)
+    t, n = _parts.get(id(kernel)) or _parts_of(kernel, args)
+    if INTERPRETED:
+        kernel[grid](*args, num_warps=warps, num_stages=stages)
         return
-    compiled = kernel[grid](*args, num_warps=warps, num_stages=stages)
-    # An interpreted kernel gives nothing to keep.
-    if compiled is not None:
-        _compiled[key] = compiled[(*grid, 1, 1)[:3]]
+    index = args[0].get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(kernel, grid, *args, warps=warps, stages=stages)
+    tensors, numbers = args[:t], args[t:n]
+    pointers = [*map(Tensor.data_ptr, tensors)]
+    key = (
+        id(kernel), index, warps, stages, args[n:],
+        *map(_dtype, tensors), *[p & 15 for p in pointers],
+        *map(type, numbers), *[1 if x == 1 else (x % 16 == 0, x > LARGEST_INT32) for x in numbers],
+    )  # fmt: skip
+    found = _ready.get(key)
+    if found is None:
+        from triton.runtime import driver
+
+        compiled = kernel[grid](*args, num_warps=warps, num_stages=stages)
+        stream = driver.active.get_current_stream
+        _ready[key] = compiled.run, compiled.function, compiled.packed_metadata, stream
+        return
+    run, function, metadata, stream = found
+    y = grid[1] if len(grid) > 1 else 1
+    run(grid[0], y, 1, stream(index), function, metadata, None, None, None, *pointers, *args[t:])
+
+
+def _parts_of(kernel: Any, args: tuple[Any, ...]) -> tuple[int, int]:
+    """How many of a kernel's arguments are tensors, and how many are no constants."""
+    from triton.language import constexpr
+
+    kinds = [
+        2 if p.annotation is constexpr else 0 if isinstance(arg, Tensor) else 1
+        for p, arg in zip(signature(kernel.fn).parameters.values(), args, strict=True)
+    ]
+    assert kinds == sorted(kinds), f"arguments of {kernel.fn.__name__} are out of order"
+    _parts[id(kernel)] = kinds.count(0), kinds.count(0) + kinds.count(1)
+    return _parts[id(kernel)]
 
 
 @cache

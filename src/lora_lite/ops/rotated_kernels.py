@@ -48,19 +48,20 @@ def forward(
     (entries, E_L), (q, width) = at, C.shape
     args = (
         z, x, C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C,
-        b if biased else C, y, T, n, m, q, len(entries), E_L, *how(left, right), scaled,
-        on_output, biased, y is not z, width,
+        b if biased else C, y, T, n, m, q, len(entries), E_L,
     )  # fmt: skip
+    flags = (*how(left, right), scaled, on_output, biased, y is not z, width)
     if width == 1:
-        launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *args, ROWS, BLOCK)
+        launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *args, *flags, ROWS, BLOCK)
     else:
         rows, whole = BLOCKS_FORWARD, MOST_COLUMNS // width * width
         columns = cdiv(n, whole)
         splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
-        launch(_forward_blocks, (columns, splits), *args, tokens, whole, MOST_COLUMNS, rows)
+        sizes = (whole, MOST_COLUMNS, rows)
+        launch(_forward_blocks, (columns, splits), *args, tokens, *flags, *sizes)
     if len(entries):
         tile, affected = tile_of(width), E_L + width * (len(entries) - E_L)
-        launch(_forward_at, (cdiv(affected, tile[1]), cdiv(T, TOKENS)), *args, *tile)
+        launch(_forward_at, (cdiv(affected, tile[1]), cdiv(T, TOKENS)), *args, *flags, *tile)
     return y, z
 
 
@@ -298,9 +299,9 @@ def _core_tile(C, first, q, b: tl.constexpr, whole: tl.constexpr, wide: tl.const
 
 @triton.jit
 def _forward_blocks(
-    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
+    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr, tokens,
+    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
     whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * whole

@@ -17,12 +17,13 @@ def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
     found = [(average, sums) for average, sums in found if sums.tokens]
     if not found:
         return
-    arguments, splits = [], []
+    tensors, numbers, splits = [], [], []
     for average, (parts, tokens) in (found[0], found[-1]):
-        arguments += [parts, average, parts.shape[1], parts.stride(0), 1 / tokens]
+        tensors += [parts, average]
+        numbers += [parts.shape[1], parts.stride(0), 1 / tokens]
         splits.append(len(parts))
     # One program each: whether every coordinate is finite decides for all.
-    launch(_mix, (len(found),), *arguments, beta, *splits, 4096, warps=16)
+    launch(_mix, (len(found),), *tensors, *numbers, beta, *splits, 4096, warps=16)
 
 
 def squares(x: Tensor) -> Squares:
@@ -56,7 +57,7 @@ def _squares(x, parts, T, d, tokens, stride, block_t: tl.constexpr, block: tl.co
 
 @triton.jit
 def _mix(
-    one, average_one, d_one, stride_one, share_one, two, average_two, d_two, stride_two, share_two,
+    one, average_one, two, average_two, d_one, stride_one, share_one, d_two, stride_two, share_two,
     beta, splits_one: tl.constexpr, splits_two: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:

@@ -129,15 +129,16 @@ def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
     launch."""
     out = [p.new_empty(p.shape[1:], dtype=dtype) for p, dtype in parts]
     last = len(parts) - 1
-    arguments, ends, block = [], [], 128
+    tensors, sizes, ends, block = [], [], [], 128
     for k in range(3):
         part, sums = parts[min(k, last)][0], out[min(k, last)]
         programs = cdiv(sums.numel(), block) if k <= last else 0
         ends.append(programs + (ends[-1] if ends else 0))
-        arguments += [part, sums, part.shape[0], sums.numel()]
+        tensors += [part, sums]
+        sizes += [part.shape[0], sums.numel()]
     launch(
         _fold, (ends[-1],),
-        *arguments, ends[0], ends[1],
+        *tensors, *sizes, ends[0], ends[1],
         block,
     )  # fmt: skip
     return out
@@ -205,8 +206,8 @@ def _up(
 
 @triton.jit
 def _fold(
-    one, out_one, parts_one, size_one, two, out_two, parts_two, size_two,
-    three, out_three, parts_three, size_three, end_one, end_two, block: tl.constexpr,
+    one, out_one, two, out_two, three, out_three, parts_one, size_one, parts_two, size_two,
+    parts_three, size_three, end_one, end_two, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < end_one:

@@ -1,0 +1,82 @@
+"""What a launch finds again, and what it hands to Triton's runner: with a kernel that records."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_lite.ops import launch as launch_module
+from lora_lite.ops.launch import launch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+
+class Recorder:
+    """Stands for a compiled kernel: what was compiled, and what was run."""
+
+    def __init__(self):
+        self.compiled, self.runs = [], []
+
+    @staticmethod
+    def fn(x, y, n, scale, block: tl.constexpr):
+        raise AssertionError("not called")
+
+    def __getitem__(self, grid):
+        def run(*args, num_warps, num_stages):
+            self.compiled.append((args, num_warps, num_stages))
+            number = len(self.compiled)
+            return SimpleNamespace(
+                run=lambda *args: self.runs.append((number, *args)),
+                function=f"function {number}",
+                packed_metadata=f"metadata {number}",
+            )
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    monkeypatch.setattr(launch_module, "INTERPRETED", False)
+    for cache in ("_ready", "_parts"):
+        monkeypatch.setattr(launch_module, cache, {})
+    return Recorder()
+
+
+def test_a_kernel_found_again_takes_addresses(kernel):
+    x, y = torch.zeros(64), torch.zeros(64)
+    launch(kernel, (3,), x, y, 40, 0.5, 16, warps=8)
+    assert len(kernel.compiled) == 1 and not kernel.runs
+    launch(kernel, (2, 5), y, x, 41, 0.25, 16, warps=8)
+    assert len(kernel.compiled) == 1
+    expected = (2, 5, 1, 7, "function 1", "metadata 1", None, None, None)
+    assert kernel.runs == [(1, *expected, y.data_ptr(), x.data_ptr(), 41, 0.25, 16)]
+
+
+def test_what_triton_specialises_on_is_kept_apart(kernel):
+    x, y = torch.zeros(64), torch.zeros(64)
+    usual = dict(x=x, y=y, n=40, scale=0.5, block=16)
+    others = [
+        {},
+        dict(x=x.half()),
+        dict(y=y[1:]),
+        dict(n=1),
+        dict(n=48),
+        dict(n=2**31),
+        dict(n=40.0),
+        dict(block=32),
+    ]
+    for repeat in range(2):
+        for change in others:
+            launch(kernel, (1,), *(usual | change).values())
+        launch(kernel, (1,), *usual.values(), warps=2)
+        launch(kernel, (1,), *usual.values(), stages=2)
+        assert len(kernel.compiled) == len(others) + 2
+    assert [run[0] for run in kernel.runs] == list(range(1, len(others) + 3))
+
+
+def test_arguments_out_of_order_are_refused(kernel):
+    with pytest.raises(AssertionError, match="out of order"):
+        launch(kernel, (1,), torch.zeros(1), 1, torch.zeros(1), 0.5, 16)
