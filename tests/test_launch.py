@@ -68,7 +68,7 @@ def test_what_triton_specialises_on_is_kept_apart(kernel):
         dict(n=40.0),
         dict(block=32),
     ]
-    for repeat in range(2):
+    for _repeat in range(2):
         for change in others:
             launch(kernel, (1,), *(usual | change).values())
         launch(kernel, (1,), *usual.values(), warps=2)
