@@ -304,9 +304,10 @@ def test_more_columns_than_a_tile_has_are_reflected_in_the_plain_form():
 def test_rotation_tables(monkeypatch, d, S, by_cayley, bound):
     pairs = givens.random_pairs(d, S - 2, S, torch.Generator().manual_seed(1)).to(DEVICE)
     active = (torch.arange(S, device=DEVICE) % 3 > 0) & (pairs[:, 0] >= 0)
-    theta = random(S)
+    theta, k = random(S), S - 3
     theta[1] = 0  # a pair that has just entered
-    tables = lambda theta: givens.rotation_tables(theta, pairs, active, d, by_cayley, bound)
+    rotation = lambda theta: givens.Rotation(theta, pairs, active, k, d, by_cayley, bound)
+    tables = lambda theta: givens.rotation_tables(rotation(theta))
     if by_cayley and bound and not CUDA or bound and not CUDA:
         pytest.skip("the interpreter has no tanh")
     twins(monkeypatch, tables, [theta], 2e-6)

@@ -49,12 +49,17 @@ class Adapter(nn.Module):
         self.fingerprint: str | None = None
         self.prepares = type(variant).prepare is not Variant.prepare
         self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
+        self.alone = not any(shared for _, shared in self.keys)
         for key, tensor in tensors.items():
             if not variant.specs[key].shared:
                 register(self, variant, key, tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the method at this layer, shared ones included, by their names."""
+        if self.alone:
+            # As getattr finds them, at less cost to the host.
+            own, frozen = self._parameters, self._buffers
+            return {key: own[key] if key in own else frozen[key] for key, _ in self.keys}
         return {
             key: getattr(self.attachment.shared if shared else self, key)
             for key, shared in self.keys
@@ -62,11 +67,12 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, W: Base) -> Tensor:
         variant, tensors = self.variant, self.tensors()
-        for key, shared in self.keys:
-            if shared or not W.targetable:  # where layers lie on several devices
-                tensors[key] = tensors[key].to(x.device)
+        if not (self.alone and W.targetable):  # where layers lie on several devices
+            for key, shared in self.keys:
+                if shared or not W.targetable:
+                    tensors[key] = tensors[key].to(x.device)
         dtype = W.compute_dtype(x)
-        if W.casts_input:
+        if W.casts_input and x.dtype != dtype:
             x = x.to(dtype)
         if variant.needs_prompt:
             W.prompt = prompt_of(x, self.attachment.prompt)
@@ -173,8 +179,9 @@ class Adapted:
             args = (kwargs.pop(next(iter(kwargs))),)
         run = None
         if not self.merged:
+            own, borrowed = self._modules["adapters"]._modules, self.borrowed
             for name, kind in self.kinds.items():
-                adapter = self.borrowed[name] if name in self.borrowed else self.adapters[name]
+                adapter = borrowed[name] if name in borrowed else own[name]
                 if adapter.enabled:
                     run = functools.partial(_apply, adapter, kind(self, run))
         return self.frozen(*args, **kwargs) if run is None else run(*args, **kwargs)

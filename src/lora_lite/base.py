@@ -228,22 +228,27 @@ class LinearBase(Base):
             weight = weight.detach().clone() if _offloaded(self.layer) else weight.detach()
         return weight.T if self.transposed else weight
 
-    def is_plain(self, x: Tensor) -> bool:
-        """Whether W(x) is x Wᵀ + b by this layer's own tensors in x's dtype, and nothing else: no
-        adapter beneath, no forward of another kind (quantised, offloaded, sharded), no gradient."""
-        layer, weight = self.layer, self.layer.weight
-        return (
-            self.below is None
-            and layer.instance_forward is None
-            and self.reads_plainly(layer.base_class)
-            and type(weight) in (Tensor, nn.Parameter)
-            and weight.dtype == x.dtype
-            and not any(p.requires_grad for p in (weight, layer.bias) if p is not None)
-        )
+    def plain(self, x: Tensor) -> tuple[Float[Tensor, "d_out d_in"], Tensor | None] | None:
+        """The matrix and the bias where W(x) is x Wᵀ + b by this layer's own tensors in x's dtype,
+        and nothing else; None where there is an adapter beneath, a forward of another kind
+        (quantised, offloaded, sharded) or a gradient."""
+        layer = self.layer
+        if self.below is not None or layer.instance_forward is not None:
+            return None
+        weight, bias = layer.weight, layer.bias
+        if (
+            type(weight) not in (Tensor, nn.Parameter)
+            or weight.dtype != x.dtype
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or not self.reads_plainly(layer.base_class)
+        ):
+            return None
+        return weight.T if self.transposed else weight, bias
 
     @classmethod
     def reads_plainly(cls, kind: type[nn.Module]) -> bool:
-        """Whether layers of this class have the forward that `is_plain` speaks of."""
+        """Whether layers of this class have the forward that `plain` speaks of."""
         return kind.forward is nn.Linear.forward
 
     def less_bias(self, z: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
@@ -350,8 +355,8 @@ class DenseBase(LinearBase):
     bias = property(lambda self: self.dense_bias)
     training = property(lambda self: False)
 
-    def is_plain(self, x: Tensor) -> bool:
-        return False
+    def plain(self, x: Tensor) -> None:
+        return None
 
     def linear(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return F.linear(x.to(self.dense.dtype), self.dense)

@@ -1,6 +1,6 @@
 """Linear maps that mix coordinates in disjoint pairs: Givens rotations, and any 2×2 blocks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -9,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from lora_lite.ops.launch import kernels_serve, ops_serve
 from lora_lite.ops.one_op import one_op
+
+Table = tuple[Float[Tensor, " d"], Float[Tensor, " d"], Int64[Tensor, " d"]]
+"""(c, s, p) of a map T of d coordinates with (T x)_i = c_i x_i + s_i x_{p_i}."""
 
 
 def random_pairs(d: int, n: int, slots: int, generator: torch.Generator) -> Int64[Tensor, "S 2"]:
@@ -30,25 +33,32 @@ def angles(theta: Float[Tensor, " S"], cayley: bool, max_angle: float) -> Float[
     return max_angle * torch.tanh(phi / max_angle) if max_angle else phi
 
 
-def rotation_tables(
-    theta: Float[Tensor, " S"],
-    pairs: Int64[Tensor, "k 2"],
-    active: Bool[Tensor, " k"],
-    d: int,
-    cayley: bool,
-    max_angle: float,
-) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
-    """The tables (c, s, p) of the rotations of the active pairs by their angles, the first of θ."""
-    if ops_serve(theta) and theta.dtype == torch.float32:
-        return _rotation_tables(theta, pairs, active, d, cayley, max_angle)
-    pairs, theta = torch.where(active[:, None], pairs, -1), theta[: len(pairs)]
-    return pair_tables(pairs, rotations(angles(theta, cayley, max_angle)), rest=1.0, d=d)
+class Rotation(NamedTuple):
+    """The rotation of d coordinates in the active ones of the first k slots' pairs, by φ as
+    `angles` has it."""
+
+    theta: Float[Tensor, " S"]
+    pairs: Int64[Tensor, "S 2"]
+    active: Bool[Tensor, " S"]
+    k: int
+    d: int
+    cayley: bool
+    max_angle: float
+
+
+def rotation_tables(R: Rotation) -> Table:
+    """The rotation as a table."""
+    if ops_serve(R.theta) and R.theta.dtype == torch.float32:
+        return _rotation_tables(*R)
+    theta, pairs, active = (t[: R.k] for t in R[:3])
+    phi = angles(theta, R.cayley, R.max_angle)
+    return pair_tables(torch.where(active[:, None], pairs, -1), rotations(phi), 1.0, R.d)
 
 
 def pair_tables(
     pairs: Int64[Tensor, "S 2"], blocks: Float[Tensor, "S 2 2"], rest: float, d: int
-) -> tuple[Float[Tensor, " {d}"], Float[Tensor, " {d}"], Int64[Tensor, " {d}"]]:
-    """(c, s, p) with (T x)_i = c_i x_i + s_i x_{p_i}, for T the blocks on their pairs (i, j) and
+) -> Table:
+    """The table of the map T that is the blocks on their pairs (i, j) and
     `rest` times the identity elsewhere. The pairs are disjoint; −1 is no coordinate."""
     # What concerns no coordinate goes to an entry d that is cut off.
     i = (pairs % (d + 1)).flatten()
@@ -79,15 +89,16 @@ class _RotationTables(torch.autograd.Function):
         theta: Tensor,
         pairs: Tensor,
         active: Tensor,
+        k: int,
         d: int,
         cayley: bool,
         max_angle: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from lora_lite.ops import givens_kernels
 
-        c, s, p = givens_kernels.tables(theta, pairs, active, d, cayley, max_angle)
+        c, s, p = givens_kernels.tables([(theta, pairs, active, k)], [d], cayley, max_angle)
         ctx.save_for_backward(theta, pairs, active)
-        ctx.how = cayley, max_angle
+        ctx.how = k, d, cayley, max_angle
         ctx.mark_non_differentiable(p)
         return c, s, p
 
@@ -96,8 +107,10 @@ class _RotationTables(torch.autograd.Function):
     def backward(ctx: Any, dc: Tensor, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         from lora_lite.ops import givens_kernels
 
-        dtheta = givens_kernels.tables_backward(dc, ds, *ctx.saved_tensors, *ctx.how)
-        return dtheta, None, None, None, None, None
+        k, d, *how = ctx.how
+        side = *ctx.saved_tensors, k
+        (dtheta,) = givens_kernels.tables_backward(dc, ds, [side], [d], d, *how)
+        return dtheta, *[None] * 6
 
 
 def has_kernel(x: Tensor) -> bool:

@@ -1,6 +1,8 @@
 """Triton kernels of `givens`: the tables of a side's rotations, and what their gradients give back
 to the angles, in one launch each; the tables applied in one pass, and one backward."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,19 +11,25 @@ from triton.language.extra import libdevice
 
 from lora_lite.ops.launch import cdiv, launch, power_of_2
 
+Side = tuple[Tensor, Tensor, Tensor, int]
+"""θ, pairs and active of a side's slots, and how many of the first of them may turn."""
 BLOCK, SLOTS = 32, 64
 ROWS, COLUMNS, PROGRAMS = 16, 128, 528
 
 
 def tables(
-    theta: Tensor, pairs: Tensor, active: Tensor, d: int, cayley: bool, max_angle: float
+    sides: Sequence[Side], sizes: Sequence[int], cayley: bool, max_angle: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(c, s, p) of one side or of two, the second's behind the first's; the sides' coordinates are
+    as many as `sizes` says."""
+    (theta, *_, k), (*_, k_2) = sides[0], sides[-1]
+    n, d = sizes[0], sum(sizes)
     c, s = theta.new_empty(d), theta.new_empty(d)
     p = torch.empty(d, dtype=torch.int64, device=theta.device)
     launch(
-        _tables, (cdiv(d, BLOCK),),
-        theta, pairs, active, c, s, p, d, len(pairs), max_angle,
-        cayley, max_angle > 0, BLOCK, min(SLOTS, block_slots(len(pairs))),
+        _tables, (cdiv(n, BLOCK) + cdiv(d - n, BLOCK),),
+        *sides[0][:3], *sides[-1][:3], c, s, p, n, d, k, k_2, max_angle,
+        cayley, max_angle > 0, BLOCK, min(SLOTS, block_slots(max(k, k_2))),
     )  # fmt: skip
     return c, s, p
 
@@ -29,19 +37,23 @@ def tables(
 def tables_backward(
     dc: Tensor,
     ds: Tensor,
-    theta: Tensor,
-    pairs: Tensor,
-    active: Tensor,
+    sides: Sequence[Side],
+    ends: Sequence[int],
+    n: int,
     cayley: bool,
     max_angle: float,
-) -> Tensor:
-    dtheta = torch.empty_like(theta)
+) -> list[Tensor]:
+    """The gradients to the sides' θ, the second side's numbers being n behind the first's. dc and
+    ds have them for a side's coordinates below its end, beyond which they are zero."""
+    out = [torch.empty_like(theta) for theta, *_ in sides]
+    first, last = sides[0], sides[-1]
     launch(
-        _tables_backward, (1,),
-        dc, ds, theta, pairs, active, dtheta, len(theta), len(pairs), max_angle,
-        cayley, max_angle > 0, block_slots(len(theta)),
+        _tables_backward, (len(sides),),
+        dc, ds, *first[:3], *last[:3], out[0], out[-1],
+        len(first[0]), len(last[0]), first[3], last[3], n, ends[0], ends[-1], max_angle,
+        cayley, max_angle > 0, block_slots(max(len(first[0]), len(last[0]))),
     )  # fmt: skip
-    return dtheta
+    return out
 
 
 def block_slots(n: int) -> int:
@@ -133,10 +145,27 @@ def _rotation(theta, most, cayley: tl.constexpr, bounded: tl.constexpr):
 
 @triton.jit
 def _tables(
-    theta, pairs, active, c, s, p, d, S, most,
+    theta, pairs, active, theta_2, pairs_2, active_2, c, s, p, n, d, S, S_2, most,
     cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr, slots: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0) * block + tl.arange(0, block)
+    program, first = tl.program_id(0), tl.cdiv(n, block)
+    if program < first:
+        _tables_of(
+            theta, pairs, active, c, s, p, program, n, S, most, cayley, bounded, block, slots
+        )  # fmt: skip
+    else:
+        _tables_of(
+            theta_2, pairs_2, active_2, c + n, s + n, p + n, program - first, d - n, S_2, most,
+            cayley, bounded, block, slots,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tables_of(
+    theta, pairs, active, c, s, p, program, d, S, most,
+    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr, slots: tl.constexpr,
+):  # fmt: skip
+    k = program * block + tl.arange(0, block)
     cos, sin = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
     partner, paired = tl.zeros((block,), tl.int32), tl.zeros((block,), tl.int32)
     # Every coordinate looks at many slots at once; pairs are disjoint, so one at most is its own.
@@ -160,7 +189,22 @@ def _tables(
 
 @triton.jit
 def _tables_backward(
-    dc, ds, theta, pairs, active, dtheta, S, k, most,
+    dc, ds, theta, pairs, active, theta_2, pairs_2, active_2, dtheta, dtheta_2,
+    S, S_2, k, k_2, n, end, end_2, most,
+    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        _angles_of(dc, ds, theta, pairs, active, dtheta, S, k, end, most, cayley, bounded, block)
+    else:
+        _angles_of(
+            dc + n, ds + n, theta_2, pairs_2, active_2, dtheta_2, S_2, k_2, end_2, most,
+            cayley, bounded, block,
+        )  # fmt: skip
+
+
+@triton.jit
+def _angles_of(
+    dc, ds, theta, pairs, active, dtheta, S, k, end, most,
     cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, block)
@@ -169,7 +213,8 @@ def _tables_backward(
     cos, sin, slope = _rotation(angle, most, cayley, bounded)
     i = tl.load(pairs + 2 * slot, mask=on, other=0)
     j = tl.load(pairs + 2 * slot + 1, mask=on, other=0)
-    cosines = tl.load(dc + i, mask=on, other=0.0) + tl.load(dc + j, mask=on, other=0.0)
-    sines = tl.load(ds + i, mask=on, other=0.0) - tl.load(ds + j, mask=on, other=0.0)
+    in_i, in_j = on & (i < end), on & (j < end)
+    cosines = tl.load(dc + i, mask=in_i, other=0.0) + tl.load(dc + j, mask=in_j, other=0.0)
+    sines = tl.load(ds + i, mask=in_i, other=0.0) - tl.load(ds + j, mask=in_j, other=0.0)
     out = tl.where(on, slope * (cos * sines - sin * cosines), 0.0)
     tl.store(dtheta + slot, out, mask=slot < S)

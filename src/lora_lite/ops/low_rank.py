@@ -58,11 +58,11 @@ def add_low_rank(
     the update makes no pass over the output or the input's gradient of its own. Keeps x where A
     trains, and A x.
     """
-    if (v is not None and v is not x) or not accumulates(W, x):
+    if (v is not None and v is not x) or not (own := accumulated(W, x)):
         return W(x) + low_rank(x if v is None else v, A, B, core)
     if isinstance(core, Tensor):
-        return _add_core(x, W.weight, W.bias, A, B, core)
-    return _add_low_rank(x, W.weight, W.bias, A, B, core)
+        return _add_core(x, *own, A, B, core)
+    return _add_low_rank(x, *own, A, B, core)
 
 
 def turn_low_rank(
@@ -91,8 +91,8 @@ def scaled_add_low_rank(
     On CUDA one pass scales the output where it lies, and one pass over its gradient serves g_1, A
     and B. Keeps x, A x and the output, which the layer above keeps anyway (with a bias, its own).
     """
-    if (v is None or v is x) and accumulates(W, x):
-        return _scaled_add_low_rank(x, W.weight, W.bias, A, B, scale, g_1)
+    if (v is None or v is x) and (own := accumulated(W, x)):
+        return _scaled_add_low_rank(x, *own, A, B, scale, g_1)
     return scaled(W, W(x), low_rank(x if v is None else v, A, B, scale), g_1)
 
 
@@ -115,9 +115,12 @@ def scaled(
     return y if W.bias is None else y - s_1 * W.bias.to(y.dtype)
 
 
-def accumulates(W: LinearBase, x: Tensor) -> bool:
-    """Whether W's product may be taken apart: a plain layer, where kernels serve, in bfloat16."""
-    return accumulates_in(x) and W.is_plain(x)
+def accumulated(
+    W: LinearBase, x: Tensor
+) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"] | None] | None:
+    """W's matrix and bias where its product may be taken apart: those of a plain layer, where
+    kernels serve, in bfloat16. None elsewhere."""
+    return W.plain(x) if accumulates_in(x) else None
 
 
 def accumulates_in(x: Tensor) -> bool:
@@ -126,8 +129,8 @@ def accumulates_in(x: Tensor) -> bool:
     In float16 the plain form guards against overflow, and in float32 it leaves a fresh adapter's
     output as it is to the last bit, whatever order of sums the library takes for the other.
     """
-    dtypes = (torch.bfloat16, torch.float32) if launch.INTERPRETED else (torch.bfloat16,)
-    return ops_serve(x) and x.dtype in dtypes
+    usual = x.dtype == torch.bfloat16 or (launch.INTERPRETED and x.dtype == torch.float32)
+    return usual and ops_serve(x)
 
 
 class _AddLowRank(torch.autograd.Function):

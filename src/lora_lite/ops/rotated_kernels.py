@@ -8,18 +8,20 @@ coordinates, and right pairs in all rows of the core's blocks that hold theirs; 
 gradient it is the other way round.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_lite.ops import givens_kernels
 from lora_lite.ops.blocks import MOST_COLUMNS
+from lora_lite.ops.givens_kernels import Side
 from lora_lite.ops.launch import cdiv, launch, power_of_2
 from lora_lite.ops.selection import Squares
+from lora_lite.ops.skinny_kernels import fold
 
-Table = tuple[Tensor, Tensor, Tensor]
-Pairs = tuple[Tensor, int]
-"""The coordinates of the left's pairs and then of the right's, −1 for none; how many are left's."""
 PROGRAMS = 528
 BLOCK, ROWS = 128, 16
 BLOCKS_FORWARD, BLOCKS_BACKWARD = 32, 16
@@ -29,39 +31,72 @@ COLUMNS, TOKENS, ENTRIES = 16, 16, 32
 for them."""
 
 
+class Turns(NamedTuple):
+    """Both sides' rotations, as kernels see them.
+
+    c, s, p: tables as in `givens`, the left's n entries and then the right's m. pairs_L, pairs_R:
+    the slots' pairs, of which the first have E_L and E_R coordinates in all, −1 for none.
+    """
+
+    c: Tensor
+    s: Tensor
+    p: Tensor
+    pairs_L: Tensor
+    pairs_R: Tensor
+    E_L: int
+    E_R: int
+
+    def affected(self, width: int) -> int:
+        """How many coordinates turning affects on the side where it takes blocks along."""
+        return self.E_L + width * self.E_R
+
+
+def turns(
+    left: Side, right: Side, C: Tensor, n: int, m: int, cayley: bool, max_angle: float
+) -> Turns:
+    """Of rotations of n and of m coordinates; a side without slots has None for them."""
+    some = left if left[3] else right
+    if not some[3]:
+        return turns_of(left, right, C, C, C, C)
+    sides = [side if side[3] else (*some[:3], 0) for side in (left, right)]
+    return turns_of(left, right, C, *givens_kernels.tables(sides, (n, m), cayley, max_angle))
+
+
+def turns_of(left: Side, right: Side, unused: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Turns:
+    pairs = (side[1] if side[3] else unused for side in (left, right))
+    return Turns(c, s, p, *pairs, 2 * left[3], 2 * right[3])
+
+
 def forward(
     z: Tensor,
     x: Tensor,
     C: Tensor,
-    at: Pairs,
-    left: Table | None,
-    right: Table | None,
+    turns: Turns,
     s_1: Tensor | None,
     b: Tensor | None,
     on_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, what backward needs of it), in z's memory: (1 + s_1) ⊙ (z + Δ) + b, or with
     `on_output` off z + (1 + s_1) ⊙ Δ + b."""
-    (T, n), m = z.shape, x.shape[1]
+    (T, n), m, q, width = z.shape, x.shape[1], len(C), width_of(C)
     biased, scaled = b is not None, s_1 is not None
     y = torch.empty_like(z) if biased and scaled and on_output else z
-    (entries, E_L), (q, width) = at, C.shape
-    args = (
-        z, x, C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C,
-        b if biased else C, y, T, n, m, q, len(entries), E_L,
-    )  # fmt: skip
-    flags = (*how(left, right), scaled, on_output, biased, y is not z, width)
+    *tables, E_L, E_R = turns
+    tensors = (z, x, C, *tables, s_1 if scaled else C, b if biased else C, y)
+    sizes = (T, n, m, q, E_L, E_R)
+    flags = (E_L > 0, E_R > 0, scaled, on_output, biased, y is not z, width)
     if width == 1:
-        launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *args, *flags, ROWS, BLOCK)
+        launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *tensors, *sizes, *flags, ROWS, BLOCK)
     else:
         rows, whole = BLOCKS_FORWARD, MOST_COLUMNS // width * width
         columns = cdiv(n, whole)
         splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
-        sizes = (whole, MOST_COLUMNS, rows)
-        launch(_forward_blocks, (columns, splits), *args, tokens, *flags, *sizes)
-    if len(entries):
-        tile, affected = tile_of(width), E_L + width * (len(entries) - E_L)
-        launch(_forward_at, (cdiv(affected, tile[1]), cdiv(T, TOKENS)), *args, *flags, *tile)
+        tile = (whole, MOST_COLUMNS, rows)
+        launch(_forward_blocks, (columns, splits), *tensors, *sizes, tokens, *flags, *tile)
+    if E_L + E_R:
+        tile = tile_of(width)
+        grid = cdiv(turns.affected(width), tile[1]), cdiv(T, TOKENS)
+        launch(_forward_at, grid, *tensors, *sizes, *flags, *tile)
     return y, z
 
 
@@ -70,63 +105,84 @@ def backward(
     out: Tensor,
     x: Tensor,
     C: Tensor,
-    at: Pairs,
-    left: Table | None,
-    right: Table | None,
+    turns: Turns,
     s_1: Tensor | None,
     on_output: bool,
     divide: bool,
     to_input: bool,
     energies: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, tuple[Squares, Squares] | None]:
-    """(du, R_Rᵀ Cᵀ R_L (s ⊙ dy) if `to_input`, dC, sums over tokens (6, n): for s_1, a diagonal C,
-    c_L, s_L, c_R and s_R, the last four at the pairs' coordinates; with `energies` x² and dy²)."""
-    (T, n), m = dy.shape, x.shape[1]
+) -> tuple[
+    Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, tuple[Squares, Squares] | None
+]:
+    """(du, R_Rᵀ Cᵀ R_L (s ⊙ dy) if `to_input`, dC, ds, (dc, ds) of the tables at the pairs'
+    coordinates, with `energies` x² and dy² summed over tokens)."""
+    (T, n), m, q, width = dy.shape, x.shape[1], len(C), width_of(C)
     scaled = s_1 is not None
     du = torch.empty_like(dy) if scaled and on_output else dy
     dx = dy.new_empty(T, m) if to_input else None
-    (entries, E_L), E, (q, width) = at, len(at[0]), C.shape
+    *tables, E_L, E_R = turns
     whole = MOST_COLUMNS // width * width if width > 1 else BLOCK
     rows = BLOCKS_BACKWARD if width > 1 else ROWS
-    columns = cdiv(max(n, m), whole)
+    columns = cdiv(max(n, m) if to_input or energies else n, whole)
     splits, tokens = shares(T, columns, rows, 2 * PROGRAMS if width > 1 else PROGRAMS, 64)
-    parts = dy.new_empty(splits, 4 if energies else 2, max(n, m), dtype=torch.float32)
-    sides = (C, entries, *tables(left, C), *tables(right, C), s_1 if scaled else C)
-    sizes = (T, n, m, q, E, E_L)
-    flags = (*how(left, right), scaled, on_output)
-    args = (dy, out, x, *sides, du, dx if to_input else du, parts)
-    more = (*sizes, tokens, *flags, divide, to_input, energies)
-    sums = dy.new_zeros(6, n, dtype=torch.float32)
-    if width == 1:
-        launch(_backward, (columns, splits), *args, *more, ROWS, BLOCK)
-        dC = sums[1, :q, None]
-    else:
-        dC_parts = dy.new_empty(splits, q, width, dtype=torch.float32)
-        sizes_of_tile = (width, whole, MOST_COLUMNS, rows)
-        launch(_backward_blocks, (columns, splits), *args, dC_parts, *more, *sizes_of_tile)
-        dC = dC_parts.sum(0)
-    torch.sum(parts[:, :2, :n], 0, out=sums[:2])
-    if E:
-        tile = tile_of(width)
+    dC_parts = dy.new_empty(splits, q, width, dtype=torch.float32)
+    ds_parts = dy.new_empty(splits, n, dtype=torch.float32) if scaled else dC_parts
+    squares = dy.new_empty(splits, n + m, dtype=torch.float32) if energies else dC_parts
+    core = (C, *tables, s_1 if scaled else C)
+    sizes, flags = (T, n, m, q, E_L, E_R), (E_L > 0, E_R > 0, scaled, on_output)
+    launch(
+        _backward if width == 1 else _backward_blocks, (columns, splits),
+        dy, out, x, *core, du, dx if to_input else du, dC_parts, ds_parts, squares,
+        *sizes, tokens, *flags, divide, to_input, energies,
+        *((ROWS, BLOCK) if width == 1 else (width, whole, MOST_COLUMNS, rows)),
+    )  # fmt: skip
+    wide = torch.float32
+    dC, *found = fold((dC_parts, wide), (ds_parts, wide)) if scaled else fold((dC_parts, wide))
+    ds, of_tables = found[0] if scaled else None, None
+    if E_L + E_R:
+        tile, affected = tile_of(width), turns.affected(width)
         if to_input:
-            grid = cdiv(width * E_L + E - E_L, tile[1]), cdiv(T, TOKENS)
-            launch(_input_gradient_at, grid, dy, dx, *sides, *sizes, *flags, width, *tile)
-        affected = E_L + width * (E - E_L)
+            grid = cdiv(width * E_L + E_R, tile[1]), cdiv(T, TOKENS)
+            launch(_input_gradient_at, grid, dy, dx, *core, *sizes, *flags, width, *tile)
         columns = cdiv(affected, tile[1])
         splits, tokens = shares(T, columns, TOKENS, 2 * PROGRAMS, TOKENS)
-        found = dy.new_empty(splits, 5 + width, affected, dtype=torch.float32)
+        sums = dy.new_empty(splits, 5 + width, affected, dtype=wide)
         launch(
-            _sums_at, (columns, splits), dy, x, *sides, found, *sizes, tokens, *flags, width, *tile
+            _sums_at, (columns, splits), dy, x, *core, sums, *sizes, tokens, *flags, width, *tile
         )
         # The sum for s on the output needs no turning, and is there.
         first_row = 0 if scaled and not on_output else 1
+        of_tables = dy.new_empty(2, n + m, dtype=wide)
         launch(
             _place, (columns, 5 + width - first_row),
-            found, sums, dC, *sides, splits, *sizes, *flags, width, first_row,
-            power_of_2(splits), *tile[1:],
+            sums, ds if scaled else dC, dC, of_tables, *core, *sizes, splits,
+            *flags, width, first_row, *tile[1:],
         )  # fmt: skip
-    squares = (Squares(parts[:, 3, :m], T), Squares(parts[:, 2, :n], T)) if energies else None
-    return du, dx, dC, sums, squares
+    energy = (Squares(squares[:, n:], T), Squares(squares[:, :n], T)) if energies else None
+    return du, dx, dC.view(C.shape), ds, of_tables, energy
+
+
+def angles_backward(
+    of_tables: Tensor | None,
+    left: Side,
+    right: Side,
+    n: int,
+    q: int,
+    cayley: bool,
+    max_angle: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to both sides' θ; beyond the core's q columns nothing comes of the right's."""
+    if of_tables is None:
+        return None, None
+    dc, ds = of_tables if left[3] else of_tables[:, n:]
+    sides = [(side, end) for side, end in ((left, n), (right, q)) if side[3]]
+    found = iter(givens_kernels.tables_backward(dc, ds, *zip(*sides), n, cayley, max_angle))
+    return tuple(next(found) if side[3] else None for side in (left, right))
+
+
+def width_of(C: Tensor) -> int:
+    """How wide the core's blocks are; 1 where it is diagonal."""
+    return C.shape[1] if C.ndim == 2 else 1
 
 
 def shares(T: int, columns: int, rows: int, programs: int, least: int) -> tuple[int, int]:
@@ -142,14 +198,6 @@ def tile_of(width: int) -> tuple[int, int, int]:
     return TOKENS, min(COLUMNS, ENTRIES // wide), wide
 
 
-def tables(side: Table | None, unused: Tensor) -> Table:
-    return (unused, unused, unused) if side is None else side
-
-
-def how(left: Table | None, right: Table | None) -> tuple[bool, bool]:
-    return left is not None, right is not None
-
-
 @triton.jit
 def _turns(p, i, inside, side: tl.constexpr):
     """Whether a side pairs coordinate i with another."""
@@ -160,15 +208,15 @@ def _turns(p, i, inside, side: tl.constexpr):
 
 @triton.jit
 def _entries(
-    at, begin_1, E_1, p_1, begin_2, E_2, p_2, d, q, turns_1: tl.constexpr, turns_2: tl.constexpr,
+    pairs_1, E_1, p_1, pairs_2, E_2, p_2, d, q, turns_1: tl.constexpr, turns_2: tl.constexpr,
     b: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Some of the coordinates below d that side 1 turns, and of those in the blocks where side 2
     turns any: the coordinate, and whether the entry stands for it, as one alone does."""
     e = tl.program_id(0) * block + tl.arange(0, block)
     of_block, r = e >= E_1, tl.maximum(e - E_1, 0)
-    place = tl.where(of_block, begin_2 + r // b, begin_1 + e)
-    j = tl.load(at + place, mask=e < E_1 + b * E_2, other=-1).to(tl.int32)
+    j = tl.load(pairs_1 + e, mask=e < E_1, other=-1)
+    j = tl.load(pairs_2 + r // b, mask=of_block & (r < b * E_2), other=j).to(tl.int32)
     first = tl.maximum(j, 0) // b * b
     i = tl.where(of_block, first + r % b, j)
     in_1 = _turns(p_1, i, (i >= 0) & (i < d), turns_1)
@@ -267,11 +315,12 @@ def _finish(
 
 @triton.jit
 def _forward(
-    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
+    z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
     block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
+    p_R = p_L + n
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & (i < n)
@@ -299,11 +348,12 @@ def _core_tile(C, first, q, b: tl.constexpr, whole: tl.constexpr, wide: tl.const
 
 @triton.jit
 def _forward_blocks(
-    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L, tokens,
+    z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
     whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
+    p_R = p_L + n
     first = tl.program_id(0) * whole
     k = tl.arange(0, wide)
     i, row = (first + k)[None, :], tl.arange(0, block_t)[:, None]
@@ -331,13 +381,14 @@ def _forward_blocks(
 
 @triton.jit
 def _forward_at(
-    z, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, b, y, T, n, m, q, E, E_L,
+    z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
     block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
+    c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
     i, counts = _entries(
-        at, 0, E_L, p_L, E_L, E - E_L, p_R, n, q, left, right, width, block, wide
+        pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q, left, right, width, block, wide
     )  # fmt: skip
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & counts[None, :]
@@ -355,7 +406,8 @@ def _forward_at(
 
 @triton.jit
 def _backward(
-    dy, out, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, du, dx, parts, T, n, m, q, E, E_L, tokens,
+    dy, out, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, du, dx, dC, ds, squares,
+    T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr,
     block_t: tl.constexpr, block: tl.constexpr,
@@ -388,22 +440,22 @@ def _backward(
         if to_input:
             e = (core * h).to(dx.dtype.element_ty)
             tl.store(dx + t * m + i, e, mask=(t < end) & (i < m))
-    width = tl.maximum(n, m)
-    to = parts + split * (4 if energies else 2) * width + i
-    total = tl.sum(sum_s, 0)[None, :]
-    if divide:
-        total = tl.where(scale == 0, 0.0, total / scale)
-    tl.store(to, total, mask=i < n)
-    tl.store(to + width, tl.sum(sum_C, 0)[None, :], mask=i < n)
+    tl.store(dC + split * q + i, tl.sum(sum_C, 0)[None, :], mask=i < q)
+    if scaled:
+        total = tl.sum(sum_s, 0)[None, :]
+        if divide:
+            total = tl.where(scale == 0, 0.0, total / scale)
+        tl.store(ds + split * n + i, total, mask=i < n)
     if energies:
-        tl.store(to + 2 * width, tl.sum(squares_g, 0)[None, :], mask=i < n)
-        tl.store(to + 3 * width, tl.sum(squares_x, 0)[None, :], mask=i < m)
+        to = squares + split * (n + m) + i
+        tl.store(to, tl.sum(squares_g, 0)[None, :], mask=i < n)
+        tl.store(to + n, tl.sum(squares_x, 0)[None, :], mask=i < m)
 
 
 @triton.jit
 def _backward_blocks(
-    dy, out, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, du, dx, parts, dC,
-    T, n, m, q, E, E_L, tokens,
+    dy, out, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, du, dx, dC, ds, squares,
+    T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr,
     width: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
@@ -442,15 +494,15 @@ def _backward_blocks(
         if to_input:
             e = tl.dot(h, tl.trans(core)).to(dx.dtype.element_ty)
             tl.store(dx + t * m + at_m, e, mask=there & in_m)
-    size = tl.maximum(n, m)
-    to = parts + split * (4 if energies else 2) * size + i
-    total = tl.sum(sum_s, 0)[None, :]
-    if divide:
-        total = tl.where(scale == 0, 0.0, total / scale)
-    tl.store(to, total, mask=in_n)
+    if scaled:
+        total = tl.sum(sum_s, 0)[None, :]
+        if divide:
+            total = tl.where(scale == 0, 0.0, total / scale)
+        tl.store(ds + split * n + i, total, mask=in_n)
     if energies:
-        tl.store(to + 2 * size, tl.sum(squares_g, 0)[None, :], mask=in_n)
-        tl.store(to + 3 * size, tl.sum(squares_x, 0)[None, :], mask=in_m)
+        to = squares + split * (n + m) + i
+        tl.store(to, tl.sum(squares_g, 0)[None, :], mask=in_n)
+        tl.store(to + n, tl.sum(squares_x, 0)[None, :], mask=in_m)
     # x goes on beyond the core where there are more inputs than outputs.
     j = tl.arange(0, wide)[:, None]
     to = dC + split * q * width + i * width + j % width
@@ -460,12 +512,13 @@ def _backward_blocks(
 
 @triton.jit
 def _input_gradient_at(
-    dy, dx, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, T, n, m, q, E, E_L,
+    dy, dx, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, T, n, m, q, E_L, E_R,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
+    c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
     j, counts = _entries(
-        at, E_L, E - E_L, p_R, 0, E_L, p_L, m, q, right, left, width, block, wide
+        pairs_R, E_R, p_R, pairs_L, E_L, p_L, m, q, right, left, width, block, wide
     )  # fmt: skip
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     here = t < T
@@ -481,12 +534,13 @@ def _input_gradient_at(
 
 @triton.jit
 def _sums_at(
-    dy, x, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, found, T, n, m, q, E, E_L, tokens,
+    dy, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, found, T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
+    c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
     i, counts = _entries(
-        at, 0, E_L, p_L, E_L, E - E_L, p_R, n, q, left, right, width, block, wide
+        pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q, left, right, width, block, wide
     )  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
@@ -520,7 +574,7 @@ def _sums_at(
     own, other = tl.sum(own, 0), tl.sum(other, 0)
     k = tl.arange(0, wide)[None, :]
     e = tl.program_id(0) * block + tl.arange(0, block)
-    entries = E_L + width * (E - E_L)
+    entries = E_L + width * E_R
     to = found + split * (5 + width) * entries + e
     tl.store(to, c * own - s * other, mask=e < entries)
     to_core = to[:, None] + (1 + k) * entries
@@ -534,20 +588,27 @@ def _sums_at(
 
 @triton.jit
 def _place(
-    found, sums, dC, C, at, c_L, s_L, p_L, c_R, s_R, p_R, s_1, splits, T, n, m, q, E, E_L,
+    found, ds, dC, of_tables, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, T, n, m, q, E_L, E_R, splits,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    width: tl.constexpr, first_row: tl.constexpr, block_s: tl.constexpr, block: tl.constexpr,
-    wide: tl.constexpr,
+    width: tl.constexpr, first_row: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) + first_row
     i, counts = _entries(
-        at, 0, E_L, p_L, E_L, E - E_L, p_R, n, q, left, right, width, block, wide
+        pairs_L, E_L, p_L, pairs_R, E_R, p_L + n, n, q, left, right, width, block, wide
     )  # fmt: skip
     e = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
-    split = tl.arange(0, block_s)[:, None]
-    at_e = (split * (5 + width) + row) * (E_L + width * (E - E_L)) + e
-    total = tl.sum(_number(found, at_e, counts[None, :] & (split < splits)), 0)
-    if (row > 0) & (row <= width):
+    total = tl.zeros((16, block), tl.float32)
+    for first in range(0, splits, 16):
+        split = first + tl.arange(0, 16)[:, None]
+        at_e = (split * (5 + width) + row) * (E_L + width * E_R) + e
+        total += _number(found, at_e, counts[None, :] & (split < splits))
+    total = tl.sum(total, 0)
+    if row == 0:
+        tl.store(ds + i, total, mask=counts)
+    elif row <= width:
         tl.store(dC + i * width + row - 1, total, mask=counts & (i < q))
     else:
-        tl.store(sums + tl.maximum(row + 1 - width, 0) * n + i, total, mask=counts)
+        # cos and sin of the left, which the right's are behind.
+        side, kind = (row - width - 1) // 2, (row - width - 1) % 2
+        to = of_tables + kind * (n + m) + side * n + i
+        tl.store(to, total, mask=counts & (side * i < m))

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.givens import angles, random_pairs, rotation_tables
+from lora_lite.ops.givens import Rotation, angles, random_pairs
 from lora_lite.ops.selection import (
     PAIRINGS,
     Squares,
@@ -192,29 +192,15 @@ class SelectedRotations(Variant, abstract=True):
                 out |= {f"theta_{side}": theta, f"pairs_{side}": pairs, f"active_{side}": active}
         return out | (dict(frozen=torch.tensor(False)) if self.freezes else {})
 
-    def tables(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """R_L and R_R, as "L" and "R", by the tables (c, s, p) of `apply_pairs`."""
-        out = {}
-        for side, d, k in zip("LR", (d_out, d_in), self.active_pairs(d_in, d_out)):
-            if side in self.sides:
-                theta, pairs, active = (t[f"{key}_{side}"] for key in ("theta", "pairs", "active"))
-                by_cayley = self.rotation_param == "cayley"
-                out[side] = rotation_tables(
-                    theta, pairs[:k], active[:k], d, by_cayley, self.max_angle
-                )
-        return out
-
-    def turning_coordinates(
-        self, d_in: int, d_out: int, **t: Tensor
-    ) -> tuple[Int64[Tensor, " n"], int]:
-        """The coordinates of the slots whose pairs may turn, the left's first, and how many are the
-        left's; −1 for an empty slot."""
-        counts = zip("LR", self.active_pairs(d_in, d_out))
-        pairs = {side: t[f"pairs_{side}"][:k].flatten() for side, k in counts if side in self.sides}
-        left = len(pairs.get("L", ()))
-        if not pairs:
-            return next(iter(t.values())).new_empty(0, dtype=torch.int64), 0
-        return torch.cat(list(pairs.values())), left
+    def rotations(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, Rotation]:
+        """R_L and R_R, as "L" and "R"."""
+        by = self.rotation_param == "cayley", self.max_angle
+        counts = zip("LR", (d_out, d_in), self.active_pairs(d_in, d_out))
+        return {
+            side: Rotation(t[f"theta_{side}"], t[f"pairs_{side}"], t[f"active_{side}"], k, d, *by)
+            for side, d, k in counts
+            if side in self.sides
+        }
 
     def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """The angle of θ, in radians."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lite.base import LinearBase
 from lora_lite.ops.energy import ecd_tanh, oer_softmax
-from lora_lite.ops.givens import apply_pairs, pair_tables
+from lora_lite.ops.givens import Rotation, apply_pairs, pair_tables, rotation_tables
 from lora_lite.ops.low_rank import add_low_rank, low_rank, scaled_add_low_rank
 from lora_lite.ops.rotated import add_rotated, rotated, scaled
 from lora_lite.variant import ParamSpec, Stats, Step, nearest, zeros
@@ -199,7 +199,7 @@ class JORA(SelectedRotations):
 
     def prepare(self, W: LinearBase, **t: Tensor) -> dict[str, Any]:
         out: dict[str, Any] = dict.fromkeys(("L", "R", "s_1"))
-        out |= self.tables(W.d_in, W.d_out, **t)
+        out |= self.rotations(W.d_in, W.d_out, **t)
         if self.magnitude != "none":
             out["s_1"] = self.scale(**t)
         if self.core == "lowrank":
@@ -209,13 +209,12 @@ class JORA(SelectedRotations):
         elif self.core in SELECTED:
             M = t["M"] if self.core == "coupled" else t["delta"].view(-1, 2).diag_embed()
             out["M"] = pair_tables(t["support"].view(-1, 2), M, rest=0.0, d=W.d_in)
+            out |= {side: rotation_tables(out[side]) for side in self.sides}
         elif self.core == "diag":
-            out["C"] = t["d"][:, None]
+            out["C"] = t["d"]
         else:
             rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
             out["C"] = torch.cat([t["blocks"].flatten(0, 1), rem])
-        if "C" in out:
-            out["at"] = self.turning_coordinates(W.d_in, W.d_out, **t)
         return out
 
     def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
@@ -252,7 +251,7 @@ class JORA(SelectedRotations):
             A = t["A"] if s_1 is None else t["A"] + s_1[:, None] * t["A"]
             return add_low_rank(W, x, t["B"].T, A, self.sigma)
         if self.clip == "none" and self.core in ("diag", "block"):
-            return add_rotated(W, x, t["C"], L, R, t["at"], s_1, on_output)
+            return add_rotated(W, x, t["C"], L, R, s_1, on_output)
         Δ = self.update(x, W.d_out, L, R, **t)
         return scaled(W, W(x), torch.tanh(Δ) if self.clip == "tanh" else Δ, s_1, on_output)
 
@@ -275,9 +274,12 @@ class JORA(SelectedRotations):
         return rotated(x, t["C"], L, R, n)
 
 
-def turned_back(A: Float[Tensor, "d r"], side: Any) -> Float[Tensor, "d r"]:
+def turned_back(A: Float[Tensor, "d r"], R: Rotation | None) -> Float[Tensor, "d r"]:
     """Rᵀ A."""
-    return apply_pairs(A.T, side[0], -side[1], side[2]).T if side else A
+    if R is None:
+        return A
+    c, s, p = rotation_tables(R)
+    return apply_pairs(A.T, c, -s, p).T
 
 
 RECIPES: dict[str, dict[str, Any]] = {
