@@ -65,6 +65,37 @@ def add_low_rank(
     return _add_low_rank(x, *own, A, B, core)
 
 
+def add_low_rank_change(
+    W: LinearBase,
+    x: Float[Tensor, "*batch d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    A0: Float[Tensor, "r d_in"],
+    B0: Float[Tensor, "d_out r"],
+    scale: float = 1.0,
+    v: Float[Tensor, "*batch d_in"] | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """W(x) + scale · (B A − B₀A₀) v, v being x unless given.
+
+    On CUDA as `add_low_rank`; what is kept beside x and the factors is twice r wide.
+    """
+    if (v is None or v is x) and A.dtype == torch.float32 and (own := accumulated(W, x)):
+        return _add_low_rank_change(x, *own, A, B, A0, B0, scale)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factors = change(*(t.to(wide) for t in (A, B, A0, B0)))
+    return W(x) + low_rank(x if v is None else v, *factors, scale)
+
+
+def change(
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    A0: Float[Tensor, "r d_in"],
+    B0: Float[Tensor, "d_out r"],
+) -> tuple[Float[Tensor, "2*r d_in"], Float[Tensor, "d_out 2*r"]]:
+    """Factors of B A − B₀A₀ = B (A − A₀) + (B − B₀) A₀, in which no large terms cancel."""
+    return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
+
+
 def turn_low_rank(
     x: Float[Tensor, "*batch d"], A: Float[Tensor, "r d"], B: Float[Tensor, "d r"]
 ) -> Float[Tensor, "*batch d"]:
@@ -149,10 +180,47 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
-        dp, dB = down_and_outer(dy, B, h, ctx.scale)
+        dp, dB = down_and_outer(dy, B, h, ctx.scale, B.dtype)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
         dA = None if x is None else outer(x, dp, A.dtype).T
         return dx, None, None, dA, dB, None
+
+
+class _AddLowRankChange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        A0: Tensor,
+        B0: Tensor,
+        scale: float,
+    ) -> Tensor:
+        from lora_lite.ops import skinny_kernels
+
+        rows = x.reshape(-1, x.shape[-1])
+        A_2, B_2 = skinny_kernels.change(A, B, A0, B0, x.dtype)
+        h = down(rows, A_2, scale)
+        # The factors are made again in backward: kept, they would be as large as A and B.
+        ctx.save_for_backward(rows, W, A, B, A0, B0, h)
+        ctx.scale = scale
+        return up(h, B_2, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from lora_lite.ops import skinny_kernels
+
+        x, W, A, B, A0, B0, h = ctx.saved_tensors
+        shape, dy, r = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W)), len(A)
+        A_2, B_2 = skinny_kernels.change(A, B, A0, B0, x.dtype)
+        dp, dB_2 = down_and_outer(dy, B_2, h, ctx.scale, B.dtype)
+        dx = up(dp, A_2.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
+        dA = outer(x, dp[:, :r], A.dtype).T
+        return dx, None, None, dA, dB_2[:, :r] + dB_2[:, r:], None, None, None
 
 
 class _AddCore(torch.autograd.Function):
@@ -192,7 +260,7 @@ class _TurnLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(-1, len(B))
-        dh, dB = down_and_outer(dy, B, h)
+        dh, dB = down_and_outer(dy, B, h, 1.0, B.dtype)
         dx = up(dh, A.T, dy).view(shape) if ctx.needs_input_grad[0] else None
         return dx, outer(x, dh, A.dtype).T, dB
 
@@ -227,6 +295,7 @@ class _ScaledAddLowRank(torch.autograd.Function):
 
 
 _add_low_rank = one_op(_AddLowRank)
+_add_low_rank_change = one_op(_AddLowRankChange)
 _add_core = one_op(_AddCore)
 _turn_low_rank = one_op(_TurnLowRank)
 _scaled_add_low_rank = one_op(_ScaledAddLowRank)

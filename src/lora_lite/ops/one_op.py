@@ -9,6 +9,7 @@ import re
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         ctx = Context((True,) * len(args))
         made = function.forward(ctx, *args)
         outputs = [made] if count == 1 else list(made)
-        key = tuple(a.is_contiguous() if isinstance(a, Tensor) else a for a in args)
+        key = tuple((a.dtype, a.is_contiguous()) if isinstance(a, Tensor) else a for a in args)
         if key not in plans:
             plans[key] = Plan.of(ctx, args, outputs)
         last["plan"] = plans[key]
@@ -61,9 +62,8 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     ) -> list[Tensor]:
         ctx = Context(tuple(needs))
         ctx.save_for_backward(*saved)
-        vars(ctx).update(literal_eval(numbers))
-        with torch.no_grad():
-            found = function.backward(ctx, *grads)
+        vars(ctx).update(values(numbers))
+        found = function.backward(ctx, *grads)
         found = found if isinstance(found, tuple) else (found,)
         last["found"] = [g is not None for g in found[: len(taken)]]
         return [g for g in found if g is not None]
@@ -102,6 +102,12 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return made[0] if count == 1 else tuple(made[:count])
 
     return call
+
+
+@cache
+def values(numbers: str) -> dict[str, Any]:
+    """A plan's numbers, read once."""
+    return literal_eval(numbers)
 
 
 class Context:

@@ -52,15 +52,19 @@ def outer(
 
 
 def down_and_outer(
-    g: Float[Tensor, "T n"], B: Float[Tensor, "n r"], h: Float[Tensor, "T r"], scale: float = 1.0
+    g: Float[Tensor, "T n"],
+    B: Float[Tensor, "n r"],
+    h: Float[Tensor, "T r"],
+    scale: float,
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "T r"], Float[Tensor, "n r"]]:
-    """(scale · g B, gᵀ h): what y = h Bᵀ, h = scale · p, gives back to p and to B."""
+    """(scale · g B, gᵀ h in a dtype): what y = h Bᵀ, h = scale · p, gives back to p and to B."""
     if has_kernel(g, h.shape[1]):
         from lora_lite.ops import skinny_kernels
 
-        return skinny_kernels.down_and_outer(g, B, h, scale)
+        return skinny_kernels.down_and_outer(g, B, h, scale, dtype)
     dp = g @ B.to(g.dtype)
-    return dp if scale == 1 else dp * scale, (g.T @ h).to(B.dtype)
+    return dp if scale == 1 else dp * scale, (g.T @ h).to(dtype)
 
 
 def scaled_up(

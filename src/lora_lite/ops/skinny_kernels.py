@@ -52,15 +52,17 @@ def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     return fold((parts, dtype))[0]
 
 
-def down_and_outer(g: Tensor, B: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _, dp, dB, *_ = _both(g, None, B, h, None, scale, False)
+def down_and_outer(
+    g: Tensor, B: Tensor, h: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    _, dp, dB = _both(g, None, B, h, None, scale, False, dtype)
     return dp, dB
 
 
 def scaled_down_and_outer(
     dy: Tensor, out: Tensor, B: Tensor, h: Tensor, g_1: Tensor, scale: float, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _both(dy, out, B, h, g_1, scale, scaled)
+    return _both(dy, out, B, h, g_1, scale, scaled, B.dtype)
 
 
 def _both(
@@ -71,6 +73,7 @@ def _both(
     g_1: Tensor | None,
     scale: float,
     divide: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
@@ -90,7 +93,7 @@ def _both(
         r, scaled, divide, stages, block_t, block_n, block_rows(r),
         warps=8,
     )  # fmt: skip
-    parts = [(dp, g.dtype), (dB, B.dtype)] + ([(sums, g_1.dtype)] if scaled else [])
+    parts = [(dp, g.dtype), (dB, dtype)] + ([(sums, g_1.dtype)] if scaled else [])
     return du, *fold(*parts)
 
 
@@ -122,6 +125,19 @@ def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> T
         warps=8,
     )  # fmt: skip
     return out
+
+
+def change(
+    A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[A − A0; A0] and [B, B − B0], differences in float32, in one launch."""
+    A, B, A0, B0 = (t.contiguous() for t in (A, B, A0, B0))
+    (r, d), n = A.shape, len(B)
+    A_2, B_2 = A.new_empty(2 * r, d, dtype=dtype), A.new_empty(n, 2 * r, dtype=dtype)
+    block = 1024
+    grid = (cdiv(r * d, block) + cdiv(n * r, block),)
+    launch(_change, grid, A, B, A0, B0, A_2, B_2, r * d, n * r, r, block)
+    return A_2, B_2
 
 
 def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
@@ -202,6 +218,25 @@ def _up(
     if axes == 2:
         out += tl.load(b + t[:, None] * b_row + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + t[:, None] * n + i, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _change(A, B, A0, B0, A_2, B_2, size, size_B, r: tl.constexpr, block: tl.constexpr):
+    program, first = tl.program_id(0), tl.cdiv(size, block)
+    at = tl.arange(0, block)
+    if program < first:
+        at += program * block
+        a = tl.load(A + at, mask=at < size, other=0.0)
+        start = tl.load(A0 + at, mask=at < size, other=0.0)
+        tl.store(A_2 + at, (a - start).to(A_2.dtype.element_ty), mask=at < size)
+        tl.store(A_2 + size + at, start.to(A_2.dtype.element_ty), mask=at < size)
+    else:
+        at += (program - first) * block
+        b = tl.load(B + at, mask=at < size_B, other=0.0)
+        start = tl.load(B0 + at, mask=at < size_B, other=0.0)
+        to = at // r * (2 * r) + at % r
+        tl.store(B_2 + to, b.to(B_2.dtype.element_ty), mask=at < size_B)
+        tl.store(B_2 + to + r, (b - start).to(B_2.dtype.element_ty), mask=at < size_B)
 
 
 @triton.jit

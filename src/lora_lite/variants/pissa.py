@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.low_rank import add_low_rank_change
 from lora_lite.ops.svd import SvdMethod
 from lora_lite.variant import ParamSpec, Stats, check_rank
 from lora_lite.variants.lora import LoRA
@@ -51,8 +52,14 @@ class PiSSA(LoRA):
         A, B = root[:, None] * Vh, U * root
         return dict(A=A, B=B, A0=A, B0=B)
 
-    def prepare(
-        self, W: LinearBase, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor
-    ) -> dict[str, Tensor]:
-        # B A − B₀A₀ = B (A − A₀) + (B − B₀) A₀: two large terms never cancel in low precision.
-        return dict(A=torch.cat([A - A0, A0]), B=torch.cat([B, B - B0], dim=1))
+    def forward(
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        W: LinearBase,
+        A: Tensor,
+        B: Tensor,
+        A0: Tensor,
+        B0: Tensor,
+    ) -> Float[Tensor, "*batch d_out"]:
+        v = W.dropout(x, self.dropout)
+        return add_low_rank_change(W, x, A, B, A0, B0, self.s, v)
