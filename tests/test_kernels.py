@@ -202,6 +202,9 @@ def test_block_rows(monkeypatch, T, n, b, dtype):
         for f in (blocks.add_block_rows, blocks.block_rows, blocks.block_columns):
             twins(patch, f, [x, R], ROUNDING[dtype])
     assert len(used) == 3
+    f, dy = blocks.block_columns_backward, random(T, n * b, dtype=dtype)
+    for got, want in zip(f(dy, x, R), plain(monkeypatch, f, dy, x, R)):
+        agree(got, want, ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])

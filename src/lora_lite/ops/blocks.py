@@ -18,16 +18,43 @@ def block_rows(
 ) -> Float[Tensor, "*batch d"]:
     """x blockdiag(R_1, …, R_n), x in rows, d = n·b; a single block (n = 1) serves all."""
     if has_kernel(x, R.shape[-1]):
-        return _butterflies(x, for_all(R, x)[None], 0, False)
-    blocks = x.unflatten(-1, (-1, R.shape[-1]))
-    return torch.einsum("...nb,nbc->...nc", blocks, R).flatten(-2)
+        return _butterflies(x, for_all(R, x)[None], 0, False, False)
+    return torch.einsum("...nb,nbc->...nc", in_blocks(x, R), R).flatten(-2)
 
 
 def block_columns(
     x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"]
 ) -> Float[Tensor, "*batch d"]:
     """blockdiag(R_1, …, R_n) x: the transposed product."""
+    if has_kernel(x, R.shape[-1]):
+        return _butterflies(x, for_all(R, x)[None], 0, False, True)
     return block_rows(x, R.mT)
+
+
+def block_columns_forward(
+    x: Float[Tensor, "T d"], R: Float[Tensor, "n b b"]
+) -> Float[Tensor, "T d"]:
+    """The same within an autograd function, a block for each b columns, in x's dtype."""
+    if has_kernel(x, R.shape[-1]):
+        from lora_lite.ops import blocks_kernels
+
+        return blocks_kernels.butterflies(x.contiguous(), R.contiguous()[None], 0, False, True)
+    return block_rows(x, R.mT.to(x.dtype))
+
+
+def block_columns_backward(
+    dy: Float[Tensor, "T d"], x: Float[Tensor, "T d"], R: Float[Tensor, "n b b"]
+) -> tuple[Float[Tensor, "T d"], Float[Tensor, "n b b"]]:
+    """(dx, dR), what it gives back."""
+    if has_kernel(x, R.shape[-1]):
+        from lora_lite.ops import blocks_kernels
+
+        dx, dR = blocks_kernels.butterflies_backward(
+            dy.contiguous(), x.contiguous(), R.contiguous()[None], 0, False, True
+        )
+        return dx, dR[0]
+    dR = torch.einsum("tnb,tnc->nbc", in_blocks(dy, R), in_blocks(x, R))
+    return block_rows(dy, R.to(dy.dtype)), dR.to(R.dtype)
 
 
 def block_diagonal(R: Float[Tensor, "n b b"]) -> Float[Tensor, "d d"]:
@@ -57,13 +84,19 @@ def add_butterflies(
         near = min(m, levels_of_a_tile(b))
         low, *far = R.split([near] + [1] * (m - near))
         for i in reversed(range(near, m)):
-            x = _butterflies(x, far[i - near], i, True)
-        return _butterflies(x, low, 0, True)
+            x = _butterflies(x, far[i - near], i, True, False)
+        return _butterflies(x, low, 0, True, False)
     for i in reversed(range(m)):
         z = x.unflatten(-1, (-1, 2, 2**i, b // 2)).transpose(-3, -2).flatten(-4) if i else x
         z = block_rows(z, R[i].to(x.dtype))
         x = x + (z.unflatten(-1, (-1, 2**i, 2, b // 2)).transpose(-3, -2).flatten(-4) if i else z)
     return x
+
+
+def in_blocks(
+    x: Float[Tensor, "*batch d"], R: Float[Tensor, "k b b"]
+) -> Float[Tensor, "*batch n b"]:
+    return x.unflatten(-1, (-1, R.shape[-1]))
 
 
 def for_all(R: Float[Tensor, "k b b"], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "n b b"]:
@@ -92,16 +125,17 @@ def has_kernel(x: Tensor, b: int) -> bool:
 
 
 class _Butterflies(torch.autograd.Function):
-    """R's levels, the first of which is `level`; without `plus` x alone is left out."""
+    """R's levels, the first of which is `level`; without `plus` x alone is left out; `turned` takes
+    each block's transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, level: int, plus: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, level: int, plus: bool, turned: bool) -> Tensor:
         from lora_lite.ops import blocks_kernels
 
         rows, R = x.reshape(-1, x.shape[-1]).contiguous(), R.contiguous()
         ctx.save_for_backward(rows, R)
-        ctx.how = level, plus
-        return blocks_kernels.butterflies(rows, R, level, plus).view(x.shape)
+        ctx.how = level, plus, turned
+        return blocks_kernels.butterflies(rows, R, *ctx.how).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -111,7 +145,7 @@ class _Butterflies(torch.autograd.Function):
         x, R = ctx.saved_tensors
         rows = dy.reshape(x.shape).contiguous()
         dx, dR = blocks_kernels.butterflies_backward(rows, x, R, *ctx.how)
-        return dx.view(dy.shape), dR, None, None
+        return dx.view(dy.shape), dR, None, None, None
 
 
 _butterflies = one_op(_Butterflies)
