@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import lora_lite as ll
-from lora_lite.ops import launch, skinny
+from lora_lite.ops import blocks, launch, skinny
 from lora_lite.ops.low_rank import turn_low_rank
 from lora_lite.ops.reflections import reflections
 from lora_lite.shapes import unchecked
@@ -23,7 +23,12 @@ METHODS = [
     ("pissa", dict(r=4)),
     ("dora", dict(r=4)),
     ("dplr", dict(r=16)),
+    ("dplr", dict(r=16, coeff=0.5)),
+    ("antipasto", dict(r=16)),
+    ("antipasto_rot", dict(r=16)),
+    ("antipasto_rot", dict(r=16, rotate_basis="U")),
     ("antipasto_rot", dict(r=16, rotate_basis="both")),
+    ("antipasto_rot", dict(r=16, rotate_basis="none")),
     ("oft", dict(block_size=8)),
     ("oft", dict(block_size=8, exact=True, block_share=True)),
     ("boft", dict(block_size=4, m=2)),
@@ -145,6 +150,8 @@ def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
         ("dora", {}),
         ("hra", {}),
         ("dplr", dict(r=16)),
+        ("antipasto", dict(r=16)),
+        ("antipasto_rot", dict(r=16)),
         ("road", dict(group_size=8)),
         ("jora", J),
         ("jora", J | dict(core="block")),
@@ -153,6 +160,7 @@ def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
 def test_one_compiled_form_serves_any_number_of_tokens(monkeypatch, variant, hyperparameters):
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     monkeypatch.setattr(skinny, "has_kernel", lambda x, r: launch.kernels_serve(x))
+    monkeypatch.setattr(blocks, "has_kernel", lambda x, b: launch.kernels_serve(x))
     layer = adapted(24, 40, True, DTYPES[0], variant, hyperparameters)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -204,6 +212,12 @@ def nodes(y):
         ("lora", {}, "_AddLowRankBackward"),
         ("dora", {}, "_ScaledAddLowRankBackward"),
         ("dplr", dict(r=16), "_AddCoreBackward"),
+        ("antipasto", dict(r=16), "_AddCoreBackward"),
+        (
+            "antipasto_rot",
+            dict(r=16, delta_init_mean=0.0, delta_init_std=0.0),
+            "_AddCoreBackward",
+        ),
         ("jora", {}, "_AddRotatedBackward"),
     ],
 )

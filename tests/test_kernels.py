@@ -10,6 +10,7 @@ import lora_lite as ll
 from lora_lite.ops import (
     blocks,
     cayley,
+    cores,
     energy,
     gates,
     givens,
@@ -49,6 +50,7 @@ def plain(monkeypatch, f, *args):
             launch,
             blocks,
             cayley,
+            cores,
             energy,
             gates,
             givens,
@@ -254,6 +256,46 @@ def test_small_rotations(monkeypatch, n, b, scale):
     twins(monkeypatch, lambda q: cayley.cayley(q, b), [q], 4e-6)
     for terms in (2, 3, 5, 8):
         twins(monkeypatch, lambda q, t=terms: cayley.cayley_neumann(q, b, t), [q], 4e-6)
+
+
+@pytest.mark.parametrize("turned", ["U", "V", "both"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 8.0])
+@pytest.mark.parametrize("n, b, L", [(3, 32, 0.02), (5, 4, 0.5), (2, 2, 20.0), (1, 33, 0.5)])
+def test_turned_shifts(monkeypatch, poisoned, n, b, L, scale, turned):
+    """Of angles in the middle of their bounds, near none, and at the bound."""
+    S = random(n * b).abs()
+    P = [random(n, b * (b - 1) // 2, scale=scale * L) for _ in range(1 + (turned == "both"))]
+    sides = dict(U=lambda P: (P, None), V=lambda P: (None, P), both=lambda *P: P)
+
+    def core(delta, *P):
+        return cores.turned_shift(S.to(delta), delta, *sides[turned](*P), b, L)
+
+    assert cores.has_rotation_kernel(P[0], b)
+    twins(monkeypatch, core, [random(n * b, scale=0.1), *P], 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("shape", [(40, 40), (70,), (20, 4, 4), (3, 64, 64), (2, 65, 65)], ids=str)
+@pytest.mark.parametrize("T", [1, 63, 300])
+def test_cores(monkeypatch, poisoned, T, shape, dtype):
+    """What autograd finds, in twice the plain form's own rounding."""
+    r = shape[0] if len(shape) < 3 else shape[0] * shape[1]
+    h, dy, core = random(T, r, dtype=dtype), random(T, r, dtype=dtype), random(*shape)
+
+    def found(h, dy, core):
+        h, core = h.detach().requires_grad_(), core.detach().requires_grad_()
+        y = cores.core_columns(h, core)
+        return y.detach(), *torch.autograd.grad(y, (h, core), dy)
+
+    want = plain(monkeypatch, found, h, dy, core)
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "ops_serve", lambda t: False)
+        rounded = found(h, dy, core)
+    got = cores.core_columns_forward(h, core), *cores.core_columns_backward(dy, h, core)
+    for y, own, exact in zip(got, rounded, want):
+        assert y.dtype == own.dtype
+        rounding = (own.double() - exact).norm() / exact.norm()
+        agree(y, exact, max(2 * rounding, 1e-6))
 
 
 def columns(d, r, distance):

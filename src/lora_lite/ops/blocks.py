@@ -57,13 +57,6 @@ def block_columns_backward(
     return block_rows(dy, R.to(dy.dtype)), dR.to(R.dtype)
 
 
-def block_diagonal(R: Float[Tensor, "n b b"]) -> Float[Tensor, "d d"]:
-    """blockdiag(R_1, …, R_n) as a matrix, d = n·b."""
-    n, b, _ = R.shape
-    eye = torch.eye(n, dtype=R.dtype, device=R.device)
-    return (R[:, :, None, :] * eye[:, None, :, None]).reshape(n * b, n * b)
-
-
 def add_block_rows(
     x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"]
 ) -> Float[Tensor, "*batch d"]:

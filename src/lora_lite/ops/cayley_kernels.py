@@ -10,7 +10,7 @@ from lora_lite.ops.launch import launch, power_of_2
 
 def rotation(q: Tensor, b: int, terms: int | None) -> tuple[Tensor, Tensor | None]:
     """(R − I, and (I − Q)⁻¹ where the transform is exact)."""
-    n, wide = len(q), max(16, power_of_2(b))
+    n, wide = len(q), tile(b)
     R_1 = q.new_empty(n, b, b)
     if terms is not None:
         launch(_neumann, (n,), q, R_1, terms, b, wide)
@@ -24,12 +24,17 @@ def backward(G: Tensor, saved: Tensor, terms: int | None) -> Tensor:
     """The gradient to q; `saved` is q for the series, (I − Q)⁻¹ for the exact transform."""
     n, b, _ = G.shape
     dq = G.new_empty(n, b * (b - 1) // 2)
-    wide = max(16, power_of_2(b))
+    wide = tile(b)
     if terms is None:
         launch(_cayley_backward, (n,), G, saved, dq, b, wide)
     else:
         launch(_neumann_backward, (n,), G, saved, dq, terms, b, wide)
     return dq
+
+
+def tile(b: int) -> int:
+    """The least square of b × b that the matrix units take."""
+    return max(16, power_of_2(b))
 
 
 @triton.jit
@@ -70,6 +75,14 @@ def _put_packed(dq, dQ, i, j, b: tl.constexpr):
 def _cayley(q, R_1, X, b: tl.constexpr, wide: tl.constexpr):
     i, j = tl.arange(0, wide)[:, None], tl.arange(0, wide)[None, :]
     Q = _skew(q, i, j, b)
+    M = _inverse(Q, i, j, b)
+    _put(X, M, i, j, b)
+    _put(R_1, 2 * tl.dot(Q, M, input_precision="ieee"), i, j, b)
+
+
+@triton.jit
+def _inverse(Q, i, j, b: tl.constexpr):
+    """(I − Q)⁻¹."""
     M = tl.where(i == j, 1.0, 0.0) - Q
     # Gauss–Jordan in place. Without pivoting: the symmetric part of I − Q is I, and stays
     # positive definite in every Schur complement.
@@ -79,17 +92,20 @@ def _cayley(q, R_1, X, b: tl.constexpr, wide: tl.constexpr):
         pivot = tl.sum(tl.where(j == k, row, 0.0))
         rest = tl.where(i == k, row / pivot, M - column * row / pivot)
         M = tl.where(j == k, tl.where(i == k, 1.0 / pivot, -column / pivot), rest)
-    _put(X, M, i, j, b)
-    _put(R_1, 2 * tl.dot(Q, M, input_precision="ieee"), i, j, b)
+    return M
 
 
 @triton.jit
 def _cayley_backward(G, X, dq, b: tl.constexpr, wide: tl.constexpr):
-    # δR = 2 X δQ X, so dQ = 2 Xᵀ G Xᵀ.
     i, j = tl.arange(0, wide)[:, None], tl.arange(0, wide)[None, :]
-    Xt = tl.trans(_square(X, i, j, b))
-    dQ = tl.dot(tl.dot(Xt, _square(G, i, j, b), input_precision="ieee"), Xt, input_precision="ieee")
-    _put_packed(dq, 2 * dQ, i, j, b)
+    _put_packed(dq, _through_inverse(_square(G, i, j, b), _square(X, i, j, b)), i, j, b)
+
+
+@triton.jit
+def _through_inverse(dR, X):
+    """dQ = 2 Xᵀ dR Xᵀ: δR = 2 X δQ X, X = (I − Q)⁻¹."""
+    Xt = tl.trans(X)
+    return 2 * tl.dot(tl.dot(Xt, dR, input_precision="ieee"), Xt, input_precision="ieee")
 
 
 @triton.jit

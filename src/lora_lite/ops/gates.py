@@ -21,6 +21,27 @@ def gate(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, 
     return _gated(z, g) if torch.compiler.is_compiling() else _Gate.apply(z, g)
 
 
+def gate_forward(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, "*batch d"]:
+    """The same within an autograd function."""
+    if has_kernel(z):
+        from lora_lite.ops import gates_kernels
+
+        return gates_kernels.gate(z, g)
+    return _gated(z, g)
+
+
+def gate_backward(
+    dy: Float[Tensor, "*batch d"], z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"]]:
+    """(dz, dg), what it gives back."""
+    if has_backward_kernel(z):
+        from lora_lite.ops import gates_kernels
+
+        return gates_kernels.gate_backward(dy, z, g)
+    dy = dy.to(torch.promote_types(z.dtype, g.dtype))
+    return (g * dy).to(z.dtype), _over_tokens(dy * z, g)
+
+
 def turn(
     z: Float[Tensor, "*batch d"], c: Float[Tensor, "n rows h"], s: Float[Tensor, "n rows h"]
 ) -> Float[Tensor, "*batch d"]:
@@ -76,21 +97,11 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(z, g)
-        if has_kernel(z):
-            from lora_lite.ops import gates_kernels
-
-            return gates_kernels.gate(z, g)
-        return _gated(z, g)
+        return gate_forward(z, g)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        z, g = ctx.saved_tensors
-        if has_backward_kernel(z):
-            from lora_lite.ops import gates_kernels
-
-            return gates_kernels.gate_backward(dy, z, g)
-        dy = dy.to(torch.promote_types(z.dtype, g.dtype))
-        return (g * dy).to(z.dtype), _over_tokens(dy * z, g)
+        return gate_backward(dy, *ctx.saved_tensors)
 
 
 class _Turn(torch.autograd.Function):

@@ -10,6 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
 from lora_lite.ops import launch
+from lora_lite.ops.cores import (
+    Core,
+    core_columns,
+    core_columns_backward,
+    core_columns_forward,
+)
 from lora_lite.ops.launch import ops_serve
 from lora_lite.ops.one_op import one_op
 from lora_lite.ops.skinny import (
@@ -26,9 +32,9 @@ def low_rank(
     x: Float[Tensor, "*batch d_in"],
     A: Float[Tensor, "r d_in"],
     B: Float[Tensor, "d_out q"],
-    core: float | Float[Tensor, "q r"] = 1.0,
+    core: float | Core = 1.0,
 ) -> Float[Tensor, "*batch d_out"]:
-    """B core A x in x's dtype, core a factor or a small matrix.
+    """B core A x in x's dtype, core a factor or a small matrix in one of its forms.
 
     Nothing wider than r is made besides the result.
     """
@@ -40,7 +46,7 @@ def low_rank(
         A, B = A / c, B * c
     h = x @ A.T
     if isinstance(core, Tensor):
-        return (h @ core.to(x.dtype).T) @ B.T
+        return core_columns(h, core) @ B.T
     return (h if core == 1 else h * core) @ B.T
 
 
@@ -49,10 +55,11 @@ def add_low_rank(
     x: Float[Tensor, "*batch d_in"],
     A: Float[Tensor, "r d_in"],
     B: Float[Tensor, "d_out q"],
-    core: float | Float[Tensor, "q r"] = 1.0,
+    core: float | Core = 1.0,
     v: Float[Tensor, "*batch d_in"] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """W(x) + B core A v, core a factor or a small matrix, v being x unless given.
+    """W(x) + B core A v, core a factor or a small matrix in one of its forms, v being x unless
+    given.
 
     On CUDA the layer's own product accumulates onto the small one, forward and backward, so that
     the update makes no pass over the output or the input's gradient of its own. Keeps x where A
@@ -230,21 +237,20 @@ class _AddCore(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, core: Tensor
     ) -> Tensor:
-        rows, (A, B, M) = x.reshape(-1, x.shape[-1]), (t.to(x.dtype) for t in (A, B, core))
+        rows, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
         p = rows @ A.T
         ctx.save_for_backward(p, W, A, B, core)
-        return up(p @ M.T, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+        h = core_columns_forward(p, core)
+        return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         p, W, A, B, core = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
-        dh = dy @ B
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = up(dh @ core.to(dh.dtype), A.T).addmm_(dy, W).view(shape)
-        return dx, None, None, None, None, (dh.T @ p).to(core.dtype)
+        dp, dcore = core_columns_backward(dy @ B, p, core)
+        dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, dcore
 
 
 class _TurnLowRank(torch.autograd.Function):

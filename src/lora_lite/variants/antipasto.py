@@ -1,11 +1,11 @@
 """AntiPaSTO with bounded gains."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.ops.cores import Core
 from lora_lite.ops.low_rank import add_low_rank
 from lora_lite.variant import ParamSpec, zeros
 from lora_lite.variants._singular_basis import SingularBasis
@@ -32,14 +32,14 @@ class AntiPaSTO(SingularBasis):
     def gains(self, S: Float[Tensor, " r"], g: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
         """S ⊙ ELU(c g)."""
         g = g.clamp(max=0) if self.suppress_only else g
-        return S * F.elu(self.coeff * g)
+        return S * F.elu(g if self.coeff == 1 else self.coeff * g)
 
     def prepare(
         self, W: LinearBase, U: Tensor, S: Tensor, Vh: Tensor, g: Tensor
     ) -> dict[str, Tensor]:
-        return dict(U=U, Vh=Vh, core=torch.diag(self.gains(S, g)))
+        return dict(U=U, Vh=Vh, core=self.gains(S, g))
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Tensor
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Core
     ) -> Float[Tensor, "*batch d_out"]:
         return add_low_rank(W, x, Vh, U, core)

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.blocks import block_diagonal
-from lora_lite.ops.cayley import cayley
+from lora_lite.ops.cores import Core, turned_shift
 from lora_lite.ops.low_rank import add_low_rank
 from lora_lite.variant import ParamSpec, Stats, divisors, zeros
 from lora_lite.variants._singular_basis import SingularBasis
@@ -66,11 +65,6 @@ class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
         delta_s = self.delta_init_mean + self.delta_init_std * noise
         return dict(super().init(W, generator, stats), delta_s=delta_s)
 
-    def rotation(self, P: Tensor) -> Float[Tensor, "n b b"]:
-        """R − I."""
-        L = 2 * math.tan(self.max_rotation_angle / 2)
-        return cayley(L * torch.tanh(P / (2 * L)) / 2, self.block_size)
-
     def prepare(
         self,
         W: LinearBase,
@@ -82,19 +76,12 @@ class AntiPaSTORot(SingularBasis, name="antipasto_rot"):
         rot_T_u: Tensor | None = None,
     ) -> dict[str, Tensor]:
         if rot_T is None:
-            return dict(U=U, Vh=Vh, core=torch.diag(delta_s))
-        # R_Uᵀ D R_V − diag(S), D = diag(S + δ), without a difference of large terms.
-        D = (S + delta_s).view(-1, self.block_size, 1)
-        if self.rotate_basis == "U":
-            blocks = self.rotation(rot_T).mT * D.mT
-        else:
-            blocks = D * self.rotation(rot_T)
-        if self.rotate_basis == "both":
-            R_U_1 = self.rotation(rot_T_u)
-            blocks = blocks + R_U_1.mT * D.mT + R_U_1.mT @ blocks
-        return dict(U=U, Vh=Vh, core=block_diagonal(blocks) + torch.diag(delta_s))
+            return dict(U=U, Vh=Vh, core=delta_s)
+        P_U, P_V = (rot_T, None) if self.rotate_basis == "U" else (rot_T_u, rot_T)
+        L = 2 * math.tan(self.max_rotation_angle / 2)
+        return dict(U=U, Vh=Vh, core=turned_shift(S, delta_s, P_U, P_V, self.block_size, L))
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Tensor
+        self, x: Float[Tensor, "*batch d_in"], W: LinearBase, U: Tensor, Vh: Tensor, core: Core
     ) -> Float[Tensor, "*batch d_out"]:
         return add_low_rank(W, x, Vh, U, core)

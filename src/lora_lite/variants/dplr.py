@@ -1,5 +1,6 @@
 """Diagonal plus low rank in the singular basis."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,4 +32,4 @@ class DPLR(AntiPaSTO, aliases=("antipasto_dplr",)):
 
     def prepare(self, W: LinearBase, A: Tensor, B: Tensor, **basis: Tensor) -> dict[str, Tensor]:
         gained = super().prepare(W, **basis)
-        return gained | dict(core=gained["core"] + self.coeff * B @ A)
+        return gained | dict(core=torch.addmm(gained["core"].diag(), B, A, alpha=self.coeff))
