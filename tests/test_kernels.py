@@ -122,11 +122,12 @@ def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
     assert skinny.has_kernel(g, r)
     calls = [
         (skinny.down, (g, A, 0.5)),
+        (skinny.down, (g, B.T, 0.5)),
         (skinny.up, (h, B, b)),
         (skinny.up, (h, A.T, None)),
         (skinny.up, (h, B, out)),
         (lambda g, h: skinny.outer(g, h, torch.float32), (g, h)),
-        (skinny.down_and_outer, (g, B, h, 2.0)),
+        (lambda g, B, h: skinny.down_and_outer(g, B, h, 2.0, torch.float32), (g, B, h)),
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, False)),
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, True)),
     ]
@@ -356,6 +357,26 @@ def test_rotation_tables(monkeypatch, d, S, by_cayley, bound):
     if by_cayley and bound and not CUDA or bound and not CUDA:
         pytest.skip("the interpreter has no tanh")
     twins(monkeypatch, tables, [theta], 2e-6)
+
+
+@pytest.mark.parametrize("by_cayley", [True, False])
+@pytest.mark.parametrize("d, S, r", [(40, 9, 8), (301, 90, 3), (70, 20, 100)])
+def test_factors_turned_back(monkeypatch, d, S, r, by_cayley):
+    pairs = givens.random_pairs(d, S - 2, S, torch.Generator().manual_seed(1)).to(DEVICE)
+    active = (torch.arange(S, device=DEVICE) % 3 > 0) & (pairs[:, 0] >= 0)
+    theta = random(S)
+    theta[1] = 0
+
+    def turn(A, theta):
+        rotation = givens.Rotation(theta, pairs, active, S - 3, d, by_cayley, 0.0)
+        return givens.turned_back(A, rotation)
+
+    assert "_TurnedBack" in turn(random(d, r), theta.clone().requires_grad_()).grad_fn.name()
+    twins(monkeypatch, turn, [random(d, r), theta], 2e-6)
+    resting = torch.ones(d, dtype=torch.bool, device=DEVICE)
+    resting[pairs[: S - 3][active[: S - 3]].flatten()] = False
+    A = random(d, r)
+    assert torch.equal(turn(A, theta)[resting], A[resting])
 
 
 @pytest.mark.parametrize("T, d, S", [(70, 63, 9), (33, 300, 40), (1, 5, 2)])

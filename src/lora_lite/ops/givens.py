@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 from lora_lite.ops.launch import kernels_serve, ops_serve
 from lora_lite.ops.one_op import one_op
 
+MOST_COLUMNS = 256
+"""Of a factor whose rows a launch turns."""
+
 Table = tuple[Float[Tensor, " d"], Float[Tensor, " d"], Int64[Tensor, " d"]]
 """(c, s, p) of a map T of d coordinates with (T x)_i = c_i x_i + s_i x_{p_i}."""
 
@@ -69,6 +72,19 @@ def pair_tables(
     return c[:d], s[:d], p[:d]
 
 
+def turned_back(A: Float[Tensor, "d r"], R: Rotation | None) -> Float[Tensor, "d r"]:
+    """Rᵀ A; A itself where there is no rotation.
+
+    On CUDA one launch, and one backward.
+    """
+    if R is None:
+        return A
+    if ops_serve(A) and A.dtype == R.theta.dtype == torch.float32 and A.shape[1] <= MOST_COLUMNS:
+        return _turned_back(A, *R[:4], *R[5:])
+    c, s, p = rotation_tables(R)
+    return apply_pairs(A.T, c, -s, p).T
+
+
 def apply_pairs(
     x: Float[Tensor, "*batch d"],
     c: Float[Tensor, " d"],
@@ -111,6 +127,34 @@ class _RotationTables(torch.autograd.Function):
         side = *ctx.saved_tensors, k
         (dtheta,) = givens_kernels.tables_backward(dc, ds, [side], [d], d, *how)
         return dtheta, *[None] * 6
+
+
+class _TurnedBack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        A: Tensor,
+        theta: Tensor,
+        pairs: Tensor,
+        active: Tensor,
+        k: int,
+        cayley: bool,
+        max_angle: float,
+    ) -> Tensor:
+        from lora_lite.ops import givens_kernels
+
+        A = A.contiguous()
+        ctx.save_for_backward(A, theta, pairs, active)
+        ctx.how = k, cayley, max_angle
+        return givens_kernels.turned_back(A, theta, pairs, active, *ctx.how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        from lora_lite.ops import givens_kernels
+
+        found = givens_kernels.turned_back_backward(G.contiguous(), *ctx.saved_tensors, *ctx.how)
+        return *found, *[None] * 5
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -157,3 +201,4 @@ def _over_tokens(products: Tensor, like: Tensor) -> Tensor:
 
 
 _rotation_tables = one_op(_RotationTables)
+_turned_back = one_op(_TurnedBack)

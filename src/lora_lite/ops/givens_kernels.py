@@ -56,6 +56,48 @@ def tables_backward(
     return out
 
 
+def turned_back(
+    A: Tensor, theta: Tensor, pairs: Tensor, active: Tensor, k: int, cayley: bool, max_angle: float
+) -> Tensor:
+    """Rᵀ A."""
+    (d, r), out = A.shape, torch.empty_like(A)
+    block, wide = rows_of(r)
+    launch(
+        _turned_back, (cdiv(d, block),),
+        A, theta, pairs, active, out, d, k, max_angle, -1.0,
+        r, cayley, max_angle > 0, block, min(SLOTS, block_slots(k)), wide,
+    )  # fmt: skip
+    return out
+
+
+def turned_back_backward(
+    G: Tensor,
+    A: Tensor,
+    theta: Tensor,
+    pairs: Tensor,
+    active: Tensor,
+    k: int,
+    cayley: bool,
+    max_angle: float,
+) -> tuple[Tensor, Tensor]:
+    """(dA, dθ)."""
+    (d, r), S = A.shape, len(theta)
+    dA, dtheta = torch.empty_like(A), torch.empty_like(theta)
+    block, wide = rows_of(r)
+    launch(
+        _turned_back_backward, (cdiv(d, block) + cdiv(S, block),),
+        G, A, theta, pairs, active, dA, dtheta, d, S, k, max_angle,
+        r, cayley, max_angle > 0, block, min(SLOTS, block_slots(k)), wide,
+    )  # fmt: skip
+    return dA, dtheta
+
+
+def rows_of(r: int) -> tuple[int, int]:
+    """Rows of a tile of factors r wide, and its columns."""
+    wide = power_of_2(r)
+    return max(1, min(BLOCK, 2048 // wide)), wide
+
+
 def block_slots(n: int) -> int:
     """The tile for so many slots, of which there may be none."""
     return power_of_2(max(n, 1))
@@ -166,6 +208,20 @@ def _tables_of(
     cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr, slots: tl.constexpr,
 ):  # fmt: skip
     k = program * block + tl.arange(0, block)
+    cos, sin, partner = _turn_of(
+        k, theta, pairs, active, S, most, cayley, bounded, block, slots
+    )  # fmt: skip
+    tl.store(c + k, cos, mask=k < d)
+    tl.store(s + k, sin, mask=k < d)
+    tl.store(p + k, partner.to(tl.int64), mask=k < d)
+
+
+@triton.jit
+def _turn_of(
+    k, theta, pairs, active, S, most,
+    cayley: tl.constexpr, bounded: tl.constexpr, block: tl.constexpr, slots: tl.constexpr,
+):  # fmt: skip
+    """(c, s, p) of some coordinates, by the first S slots."""
     cos, sin = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
     partner, paired = tl.zeros((block,), tl.int32), tl.zeros((block,), tl.int32)
     # Every coordinate looks at many slots at once; pairs are disjoint, so one at most is its own.
@@ -182,9 +238,54 @@ def _tables_of(
         sin += tl.sum(signed, 1)
         partner += tl.sum(tl.where(is_i, j[None, :], tl.where(is_j, i[None, :], 0)), 1)
         paired += tl.sum((is_i | is_j).to(tl.int32), 1)
-    tl.store(c + k, tl.where(paired > 0, cos, 1.0), mask=k < d)
-    tl.store(s + k, sin, mask=k < d)
-    tl.store(p + k, tl.where(paired > 0, partner, k).to(tl.int64), mask=k < d)
+    return tl.where(paired > 0, cos, 1.0), sin, tl.where(paired > 0, partner, k)
+
+
+@triton.jit
+def _turned_back(
+    A, theta, pairs, active, out, d, S, most, sign,
+    r: tl.constexpr, cayley: tl.constexpr, bounded: tl.constexpr,
+    block: tl.constexpr, slots: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Rᵀ A for sign −1, R A for 1."""
+    k, q = tl.program_id(0) * block + tl.arange(0, block), tl.arange(0, wide)[None, :]
+    cos, sin, partner = _turn_of(
+        k, theta, pairs, active, S, most, cayley, bounded, block, slots
+    )  # fmt: skip
+    inside, moves = (k[:, None] < d) & (q < r), (partner != k)[:, None] & (q < r)
+    own = tl.load(A + k[:, None] * r + q, mask=inside, other=0.0)
+    other = tl.load(A + partner[:, None] * r + q, mask=inside & moves, other=0.0)
+    turned = cos[:, None] * own + sign * sin[:, None] * other
+    tl.store(out + k[:, None] * r + q, turned, mask=inside)
+
+
+@triton.jit
+def _turned_back_backward(
+    G, A, theta, pairs, active, dA, dtheta, d, S, k, most,
+    r: tl.constexpr, cayley: tl.constexpr, bounded: tl.constexpr,
+    block: tl.constexpr, slots: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    rows = tl.cdiv(d, block)
+    if tl.program_id(0) < rows:
+        _turned_back(
+            G, theta, pairs, active, dA, d, k, most, 1.0, r, cayley, bounded, block, slots, wide
+        )  # fmt: skip
+    else:
+        slot = (tl.program_id(0) - rows) * block + tl.arange(0, block)
+        on = (slot < k) & (tl.load(active + slot, mask=slot < k, other=0) != 0)
+        angle = tl.load(theta + slot, mask=slot < S, other=0.0)
+        cos, sin, slope = _rotation(angle, most, cayley, bounded)
+        i = tl.load(pairs + 2 * slot, mask=on, other=0)[:, None]
+        j = tl.load(pairs + 2 * slot + 1, mask=on, other=0)[:, None]
+        q = tl.arange(0, wide)[None, :]
+        here = on[:, None] & (q < r)
+        A_i = tl.load(A + i * r + q, mask=here, other=0.0)
+        A_j = tl.load(A + j * r + q, mask=here, other=0.0)
+        G_i = tl.load(G + i * r + q, mask=here, other=0.0)
+        G_j = tl.load(G + j * r + q, mask=here, other=0.0)
+        across, along = tl.sum(G_j * A_i - G_i * A_j, 1), tl.sum(G_i * A_i + G_j * A_j, 1)
+        out = tl.where(on, slope * (cos * across - sin * along), 0.0)
+        tl.store(dtheta + slot, out, mask=slot < S)
 
 
 @triton.jit

@@ -9,13 +9,13 @@ from lora_lite.ops.launch import cdiv, launch, power_of_2, shared_memory_bytes
 
 
 def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
-    x, A = rows_together(x), A.contiguous()
+    x = rows_together(x)
     (T, d), r = x.shape, len(A)
     h = x.new_empty(T, r)
     block_t = 32
     launch(
         _down, (cdiv(T, block_t),),
-        x, A, h, T, d, x.stride(0), scale,
+        x, A, h, T, d, x.stride(0), *A.stride(), scale,
         r, block_t, 256 if r <= 32 else 64, block_rows(r),
         stages=5 if r <= 32 else 3,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def block_rows(r: int) -> int:
 
 @triton.jit
 def _down(
-    x, A, h, T, d, stride, scale,
+    x, A, h, T, d, stride, A_row, A_column, scale,
     r: tl.constexpr, block_t: tl.constexpr, block_d: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)
@@ -192,9 +192,8 @@ def _down(
         x_tile = tl.load(
             x + t[:, None] * stride + column, mask=(t[:, None] < T) & (column < d), other=0.0
         )
-        A_tile = tl.load(
-            A + q[None, :] * d + column[:, None], mask=(q < r) & (column[:, None] < d), other=0.0
-        )
+        at = A + q[None, :] * A_row + column[:, None] * A_column
+        A_tile = tl.load(at, mask=(q < r) & (column[:, None] < d), other=0.0)
         total = tl.dot(x_tile, A_tile.to(x_tile.dtype), total)
     out = (total * scale).to(h.dtype.element_ty)
     tl.store(h + t[:, None] * r + q, out, mask=(t[:, None] < T) & (q < r))

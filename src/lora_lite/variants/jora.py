@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lite.base import LinearBase
 from lora_lite.ops.energy import ecd_tanh, oer_softmax
-from lora_lite.ops.givens import Rotation, apply_pairs, pair_tables, rotation_tables
+from lora_lite.ops.givens import apply_pairs, pair_tables, rotation_tables, turned_back
 from lora_lite.ops.low_rank import add_low_rank, low_rank, scaled_add_low_rank
 from lora_lite.ops.rotated import add_rotated, rotated, scaled
 from lora_lite.variant import ParamSpec, Stats, Step, nearest, zeros
@@ -213,8 +213,10 @@ class JORA(SelectedRotations):
         elif self.core == "diag":
             out["C"] = t["d"]
         else:
-            rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
-            out["C"] = torch.cat([t["blocks"].flatten(0, 1), rem])
+            out["C"] = t["blocks"].flatten(0, 1)
+            if len(t["rem"]):
+                rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
+                out["C"] = torch.cat([out["C"], rem])
         return out
 
     def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
@@ -272,14 +274,6 @@ class JORA(SelectedRotations):
             z = apply_pairs(u, *t["M"]) + (u - v)
             return apply_pairs(z, L[0], -L[1], L[2]) if L else z
         return rotated(x, t["C"], L, R, n)
-
-
-def turned_back(A: Float[Tensor, "d r"], R: Rotation | None) -> Float[Tensor, "d r"]:
-    """Rᵀ A."""
-    if R is None:
-        return A
-    c, s, p = rotation_tables(R)
-    return apply_pairs(A.T, c, -s, p).T
 
 
 RECIPES: dict[str, dict[str, Any]] = {
