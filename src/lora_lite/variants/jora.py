@@ -213,10 +213,9 @@ class JORA(SelectedRotations):
         elif self.core == "diag":
             out["C"] = t["d"]
         else:
-            out["C"] = t["blocks"].flatten(0, 1)
-            if len(t["rem"]):
-                rem = F.pad(torch.diag(t["rem"]), (0, self.block_size - len(t["rem"])))
-                out["C"] = torch.cat([out["C"], rem])
+            rem, b = t["rem"], self.block_size
+            rem = F.pad(torch.diag(rem), (0, b - len(rem))) if len(rem) else rem.view(0, b)
+            out["C"] = torch.cat([t["blocks"].flatten(0, 1), rem])
         return out
 
     def scale(self, g_mag: Tensor, row_norm: Tensor, **t: Tensor) -> Float[Tensor, " d_out"]:
