@@ -3,8 +3,9 @@
 The floor is the frozen model's forward and backward: gradients to the input, none to weights. It,
 our method, PEFT's default (float32 adapter tensors) and PEFT with adapter tensors in the base's
 dtype are timed in one process on one set of weights, in alternating rounds, so that what drifts
-drifts for all. Before, PEFT's layers get our tensors, moved off their start, and must give the
-same outputs and input gradients. No optimizer step, schedule or penalty is timed.
+drifts for all. Before, PEFT's layers get our tensors, moved off their start until they do more than
+rounding does, and must give the same outputs and input gradients. No optimizer step, schedule or
+penalty is timed.
 """
 
 import copy
@@ -82,10 +83,13 @@ TRACKS: dict[str, Targets] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_p
 MIB = 2**20
 ROUNDS = 4
 KEPT_TRIPLETS = 256
-# Large enough to change the outputs by far more than rounding, small enough to keep them tame.
-MOVED = 0.02
 AGREEMENT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 """Largest ‖ours − theirs‖/‖theirs‖ of outputs and input gradients."""
+MARGIN = 4
+"""What the adapters do, over the largest disagreement."""
+MOVED = tuple(0.02 * 1.2**i for i in range(40))
+"""Standard deviations of the noise that moves adapters off their start, the next where one does too
+little."""
 
 
 class Disagreement(Exception):
@@ -189,7 +193,7 @@ def sides_of(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], i
         hook.given = torch.tensor([work.x.shape[-2]])
     seconds = now(work.device) - start + SvdOnce.seconds_saved - saved
     ours = Side("ours", model, seconds)
-    move(model, scale=MOVED)
+    move(model, scale=MOVED[0])
     sides, missing = [ours], {}
     if not with_peft:
         return sides, plan.trainable, dict.fromkeys(PEFT_DTYPES, "not asked for")
@@ -200,6 +204,7 @@ def sides_of(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], i
     if counterpart is None:
         return sides, plan.trainable, dict.fromkeys(PEFT_DTYPES, "PEFT has no such method")
     floor = Side("floor", work.model)
+    move_until_seen(ours, floor, work)
     for name, float32 in PEFT_DTYPES.items():
 
         def add(name: str = name, float32: bool = float32) -> None:
@@ -227,29 +232,51 @@ def _peft_side(name: str, twin: Twin, ours: Side, work: Workload, float32: bool)
     return Side(name, model, seconds)
 
 
+def move_until_seen(ours: Side, floor: Side, work: Workload) -> None:
+    """Move our adapters on until they change outputs and input gradients by MARGIN times what
+    `check_agreement` allows, or else to where they change them most: rotations and reflections
+    have an end. What does less is lost in rounding, which two that compute the same don't share.
+    """
+    base, effects, at = _results(floor, work), {}, MOVED[0]
+    for scale in MOVED:
+        # The noise is the same each time and adds up.
+        move(ours.model, scale=scale - at)
+        at, effects[scale] = scale, min(map(_distance, base, _results(ours, work)))
+        if effects[scale] >= MARGIN * AGREEMENT[work.dtype]:
+            return
+    move(ours.model, scale=max(effects, key=effects.get) - at)
+
+
 def check_agreement(ours: Side, theirs: Side, floor: Side, work: Workload) -> None:
     """Compare outputs and input gradients.
 
     Raises: Disagreement where they differ by more than rounding, or by as much as a quarter of
     what the adapters do at all.
     """
-
-    def run(side: Side) -> tuple[Tensor, Tensor]:
-        work.clear(side)
-        y = work.forward(side)
-        y.backward(work.y_grad)
-        x_grad = work.x.grad
-        work.clear(side)
-        return y.detach().double(), x_grad.double()
-
-    for what, a, b, base in zip(("outputs", "input gradients"), run(ours), run(theirs), run(floor)):
-        error, effect = (float((t - b).norm() / b.norm()) for t in (a, base))
-        limit = min(AGREEMENT[work.dtype], effect / 4)
+    results = (_results(side, work) for side in (ours, theirs, floor))
+    for what, a, b, base in zip(("outputs", "input gradients"), *results):
+        error, effect = _distance(a, b), _distance(base, b)
+        limit = min(AGREEMENT[work.dtype], effect / MARGIN)
         # NaN is no agreement either.
         if not error <= limit:
             raise Disagreement(
                 f"its {what} are {error:.1e} from ours, above {limit:.1e}, with the same tensors"
             )
+
+
+def _results(side: Side, work: Workload) -> tuple[Tensor, Tensor]:
+    """A step's outputs and input gradients, in float64."""
+    work.clear(side)
+    y = work.forward(side)
+    y.backward(work.y_grad)
+    x_grad = work.x.grad
+    work.clear(side)
+    return y.detach().double(), x_grad.double()
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖/‖b‖."""
+    return float((a - b).norm() / b.norm())
 
 
 def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
