@@ -26,6 +26,7 @@ PROGRAMS = 528
 BLOCK, ROWS = 128, 16
 BLOCKS_FORWARD, BLOCKS_BACKWARD = 32, 16
 """Rows of a tile where the core has blocks: more would not fit in registers."""
+STAGES = 3
 COLUMNS, TOKENS, ENTRIES = 16, 16, 32
 """Of what turning affects: coordinates and tokens of a tile, and the most columns that it gathers
 for them."""
@@ -91,7 +92,7 @@ def forward(
         rows, whole = BLOCKS_FORWARD, MOST_COLUMNS // width * width
         columns = cdiv(n, whole)
         splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
-        tile = (whole, MOST_COLUMNS, rows)
+        tile = (STAGES, whole, MOST_COLUMNS, rows)
         launch(_forward_blocks, (columns, splits), *tensors, *sizes, tokens, *flags, *tile)
     if E_L + E_R:
         tile = tile_of(width)
@@ -133,23 +134,25 @@ def backward(
     launch(
         _backward if width == 1 else _backward_blocks, (columns, splits),
         dy, out, x, *core, du, dx if to_input else du, dC_parts, ds_parts, squares,
-        *sizes, tokens, *flags, divide, to_input, energies,
+        *sizes, tokens, *flags, divide, to_input, energies, STAGES,
         *((ROWS, BLOCK) if width == 1 else (width, whole, MOST_COLUMNS, rows)),
     )  # fmt: skip
-    wide = torch.float32
-    dC, *found = fold((dC_parts, wide), (ds_parts, wide)) if scaled else fold((dC_parts, wide))
+    wide, parts = torch.float32, [dC_parts]
+    parts += [ds_parts] * scaled + [squares] * energies
+    dC, *found = fold(*((part, wide) for part in parts))
     ds, of_tables = found[0] if scaled else None, None
     if E_L + E_R:
         tile, affected = tile_of(width), turns.affected(width)
-        if to_input:
-            grid = cdiv(width * E_L + E_R, tile[1]), cdiv(T, TOKENS)
-            launch(_input_gradient_at, grid, dy, dx, *core, *sizes, *flags, width, *tile)
         columns = cdiv(affected, tile[1])
         splits, tokens = shares(T, columns, TOKENS, 2 * PROGRAMS, TOKENS)
         sums = dy.new_empty(splits, 5 + width, affected, dtype=wide)
+        columns_dx = cdiv(width * E_L + E_R, tile[1])
+        tiles = columns_dx * cdiv(T, TOKENS) if to_input else 0
         launch(
-            _sums_at, (columns, splits), dy, x, *core, sums, *sizes, tokens, *flags, width, *tile
-        )
+            _backward_at, (columns * splits + tiles,),
+            dy, x, *core, sums, dx if to_input else du, *sizes, tokens, splits, columns_dx,
+            *flags, width, *tile,
+        )  # fmt: skip
         # The sum for s on the output needs no turning, and is there.
         first_row = 0 if scaled and not on_output else 1
         of_tables = dy.new_empty(2, n + m, dtype=wide)
@@ -158,7 +161,9 @@ def backward(
             sums, ds if scaled else dC, dC, of_tables, *core, *sizes, splits,
             *flags, width, first_row, *tile[1:],
         )  # fmt: skip
-    energy = (Squares(squares[:, n:], T), Squares(squares[:, :n], T)) if energies else None
+    energy = None
+    if energies:
+        energy = Squares(found[-1][None, n:], T), Squares(found[-1][None, :n], T)
     return du, dx, dC.view(C.shape), ds, of_tables, energy
 
 
@@ -208,12 +213,13 @@ def _turns(p, i, inside, side: tl.constexpr):
 
 @triton.jit
 def _entries(
-    pairs_1, E_1, p_1, pairs_2, E_2, p_2, d, q, turns_1: tl.constexpr, turns_2: tl.constexpr,
+    column, pairs_1, E_1, p_1, pairs_2, E_2, p_2, d, q,
+    turns_1: tl.constexpr, turns_2: tl.constexpr,
     b: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Some of the coordinates below d that side 1 turns, and of those in the blocks where side 2
     turns any: the coordinate, and whether the entry stands for it, as one alone does."""
-    e = tl.program_id(0) * block + tl.arange(0, block)
+    e = column * block + tl.arange(0, block)
     of_block, r = e >= E_1, tl.maximum(e - E_1, 0)
     j = tl.load(pairs_1 + e, mask=e < E_1, other=-1)
     j = tl.load(pairs_2 + r // b, mask=of_block & (r < b * E_2), other=j).to(tl.int32)
@@ -350,7 +356,7 @@ def _core_tile(C, first, q, b: tl.constexpr, whole: tl.constexpr, wide: tl.const
 def _forward_blocks(
     z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
+    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr, stages: tl.constexpr,
     whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     p_R = p_L + n
@@ -368,7 +374,7 @@ def _forward_blocks(
     rests = (_turns(p_L, i, in_n, left) | moves) == 0
     scale = 1 + _number(s_1, i, rests & in_n) if scaled else 1.0
     shift = _number(b, i, rests & in_n) if biased else 0.0
-    for t in range(begin, end, block_t):
+    for t in tl.range(begin, end, block_t, num_stages=stages):
         there = row < end - t
         own = tl.load(x + t * m + (row * m + i), mask=there & in_q, other=0.0)
         u = _number(z + t * n, row * n + i, there & in_n)
@@ -388,7 +394,8 @@ def _forward_at(
 ):  # fmt: skip
     c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
     i, counts = _entries(
-        pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q, left, right, width, block, wide
+        tl.program_id(0), pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q,
+        left, right, width, block, wide,
     )  # fmt: skip
     t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & counts[None, :]
@@ -410,7 +417,7 @@ def _backward(
     T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr,
-    block_t: tl.constexpr, block: tl.constexpr,
+    stages: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
@@ -422,7 +429,8 @@ def _backward(
     sum_C = tl.zeros((block_t, block), tl.float32)
     squares_g = tl.zeros((block_t, block), tl.float32)
     squares_x = tl.zeros((block_t, block), tl.float32)
-    for first in range(begin, end, block_t):
+    # With stages of its own a loop fetches ahead.
+    for first in tl.range(begin, end, block_t, num_stages=stages):
         t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
         g = _number(dy, t * n + i, (t < end) & (i < n))
         own = _number(x, t * m + i, (t < end) & (i < (m if energies else q)))
@@ -457,7 +465,7 @@ def _backward_blocks(
     dy, out, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, du, dx, dC, ds, squares,
     T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr,
+    divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr, stages: tl.constexpr,
     width: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * whole
@@ -474,7 +482,7 @@ def _backward_blocks(
     squares_g = tl.zeros((block_t, wide), tl.float32)
     squares_x = tl.zeros((block_t, wide), tl.float32)
     sum_C = tl.zeros((wide, wide), tl.float32)
-    for t in range(begin, end, block_t):
+    for t in tl.range(begin, end, block_t, num_stages=stages):
         there = row < end - t
         at_n, at_m = row * n + i, row * m + i
         g = _number(dy + t * n, at_n, there & in_n)
@@ -512,15 +520,15 @@ def _backward_blocks(
 
 @triton.jit
 def _input_gradient_at(
-    dy, dx, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, T, n, m, q, E_L, E_R,
+    column, tile, dy, dx, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, T, n, m, q, E_L, E_R,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
     j, counts = _entries(
-        pairs_R, E_R, p_R, pairs_L, E_L, p_L, m, q, right, left, width, block, wide
+        column, pairs_R, E_R, p_R, pairs_L, E_L, p_L, m, q, right, left, width, block, wide
     )  # fmt: skip
-    t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
+    t = (tile.to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     here = t < T
     e = _back(dy, t * n, here, j, counts, q, C, c_L, s_L, p_L, s_1, left, scaled, width, wide)
     if right:
@@ -534,15 +542,16 @@ def _input_gradient_at(
 
 @triton.jit
 def _sums_at(
-    dy, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, found, T, n, m, q, E_L, E_R, tokens,
+    column, split, dy, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, found,
+    T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
     i, counts = _entries(
-        pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q, left, right, width, block, wide
+        column, pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q, left, right, width, block, wide
     )  # fmt: skip
-    split = tl.program_id(1).to(tl.int64)
+    split = split.to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
     c, s, left_of, in_L = _turn(c_L, s_L, p_L, i, counts, left)
@@ -573,7 +582,7 @@ def _sums_at(
             sum_sr += e * _number(x, t * m + right_of[None, :], there)
     own, other = tl.sum(own, 0), tl.sum(other, 0)
     k = tl.arange(0, wide)[None, :]
-    e = tl.program_id(0) * block + tl.arange(0, block)
+    e = column * block + tl.arange(0, block)
     entries = E_L + width * E_R
     to = found + split * (5 + width) * entries + e
     tl.store(to, c * own - s * other, mask=e < entries)
@@ -587,6 +596,30 @@ def _sums_at(
 
 
 @triton.jit
+def _backward_at(
+    dy, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, found, dx, T, n, m, q, E_L, E_R,
+    tokens, splits, columns_dx,
+    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
+    width: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    first = tl.cdiv(E_L + width * E_R, block) * splits
+    if program < first:
+        _sums_at(
+            program // splits, program % splits, dy, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1,
+            found, T, n, m, q, E_L, E_R, tokens,
+            left, right, scaled, on_output, width, block_t, block, wide,
+        )  # fmt: skip
+    else:
+        program -= first
+        _input_gradient_at(
+            program % columns_dx, program // columns_dx, dy, dx, C, c_L, s_L, p_L, pairs_L,
+            pairs_R, s_1, T, n, m, q, E_L, E_R,
+            left, right, scaled, on_output, width, block_t, block, wide,
+        )  # fmt: skip
+
+
+@triton.jit
 def _place(
     found, ds, dC, of_tables, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, T, n, m, q, E_L, E_R, splits,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
@@ -594,7 +627,8 @@ def _place(
 ):  # fmt: skip
     row = tl.program_id(1) + first_row
     i, counts = _entries(
-        pairs_L, E_L, p_L, pairs_R, E_R, p_L + n, n, q, left, right, width, block, wide
+        tl.program_id(0), pairs_L, E_L, p_L, pairs_R, E_R, p_L + n, n, q,
+        left, right, width, block, wide,
     )  # fmt: skip
     e = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     total = tl.zeros((16, block), tl.float32)
