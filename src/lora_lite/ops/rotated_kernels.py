@@ -24,10 +24,11 @@ from lora_lite.ops.skinny_kernels import fold
 
 PROGRAMS = 528
 BLOCK, ROWS = 128, 16
+BLOCK_BACKWARD, ROWS_BACKWARD = 64, 8
 BLOCKS_FORWARD, BLOCKS_BACKWARD = 32, 16
-"""Rows of a tile where the core has blocks: more would not fit in registers."""
+"""Rows of a tile where products take a block core: more would not fit in registers."""
 STAGES = 3
-COLUMNS, TOKENS, ENTRIES = 16, 16, 32
+COLUMNS, TOKENS, ENTRIES = 16, 8, 32
 """Of what turning affects: coordinates and tokens of a tile, and the most columns that it gathers
 for them."""
 
@@ -97,7 +98,7 @@ def forward(
     if E_L + E_R:
         tile = tile_of(width)
         grid = cdiv(turns.affected(width), tile[1]), cdiv(T, TOKENS)
-        launch(_forward_at, grid, *tensors, *sizes, *flags, *tile)
+        launch(_forward_at, grid, *tensors, *sizes, *flags, *tile, warps=2)
     return y, z
 
 
@@ -113,7 +114,12 @@ def backward(
     to_input: bool,
     energies: bool,
 ) -> tuple[
-    Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, tuple[Squares, Squares] | None
+    Tensor,
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+    tuple[Tensor, Tensor] | None,
+    tuple[Squares, Squares] | None,
 ]:
     """(du, R_Rᵀ Cᵀ R_L (s ⊙ dy) if `to_input`, dC, ds, (dc, ds) of the tables at the pairs'
     coordinates, with `energies` x² and dy² summed over tokens)."""
@@ -122,25 +128,31 @@ def backward(
     du = torch.empty_like(dy) if scaled and on_output else dy
     dx = dy.new_empty(T, m) if to_input else None
     *tables, E_L, E_R = turns
-    whole = MOST_COLUMNS // width * width if width > 1 else BLOCK
-    rows = BLOCKS_BACKWARD if width > 1 else ROWS
+    narrow = width in (1, 2, 4, 8)
+    whole = BLOCK_BACKWARD if narrow else MOST_COLUMNS // width * width
+    rows = ROWS_BACKWARD if narrow else BLOCKS_BACKWARD
     columns = cdiv(max(n, m) if to_input or energies else n, whole)
-    splits, tokens = shares(T, columns, rows, 2 * PROGRAMS if width > 1 else PROGRAMS, 64)
+    splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
     dC_parts = dy.new_empty(splits, q, width, dtype=torch.float32)
     ds_parts = dy.new_empty(splits, n, dtype=torch.float32) if scaled else dC_parts
     squares = dy.new_empty(splits, n + m, dtype=torch.float32) if energies else dC_parts
     core = (C, *tables, s_1 if scaled else C)
     sizes, flags = (T, n, m, q, E_L, E_R), (E_L > 0, E_R > 0, scaled, on_output)
     launch(
-        _backward if width == 1 else _backward_blocks, (columns, splits),
+        _backward if narrow else _backward_blocks, (columns, splits),
         dy, out, x, *core, du, dx if to_input else du, dC_parts, ds_parts, squares,
-        *sizes, tokens, *flags, divide, to_input, energies, STAGES,
-        *((ROWS, BLOCK) if width == 1 else (width, whole, MOST_COLUMNS, rows)),
+        *sizes, tokens, *flags, divide, to_input, energies, width, STAGES,
+        *((rows, whole) if narrow else (whole, MOST_COLUMNS, rows)),
+        warps=2 if narrow else 4,
     )  # fmt: skip
     wide, parts = torch.float32, [dC_parts]
     parts += [ds_parts] * scaled + [squares] * energies
     dC, *found = fold(*((part, wide) for part in parts))
     ds, of_tables = found[0] if scaled else None, None
+    energy = None
+    if energies:
+        g_squares, x_squares = found[-1].view(1, -1).split((n, m), 1)
+        energy = Squares(x_squares, T), Squares(g_squares, T)
     if E_L + E_R:
         tile, affected = tile_of(width), turns.affected(width)
         columns = cdiv(affected, tile[1])
@@ -152,23 +164,21 @@ def backward(
             _backward_at, (columns * splits + tiles,),
             dy, x, *core, sums, dx if to_input else du, *sizes, tokens, splits, columns_dx,
             *flags, width, *tile,
+            warps=2,
         )  # fmt: skip
         # The sum for s on the output needs no turning, and is there.
         first_row = 0 if scaled and not on_output else 1
-        of_tables = dy.new_empty(2, n + m, dtype=wide)
+        of_tables = dy.new_empty(n + m, dtype=wide), dy.new_empty(n + m, dtype=wide)
         launch(
             _place, (columns, 5 + width - first_row),
-            sums, ds if scaled else dC, dC, of_tables, *core, *sizes, splits,
+            sums, ds if scaled else dC, dC, *of_tables, *core, *sizes, splits,
             *flags, width, first_row, *tile[1:],
         )  # fmt: skip
-    energy = None
-    if energies:
-        energy = Squares(found[-1][None, n:], T), Squares(found[-1][None, :n], T)
     return du, dx, dC.view(C.shape), ds, of_tables, energy
 
 
 def angles_backward(
-    of_tables: Tensor | None,
+    of_tables: tuple[Tensor, Tensor] | None,
     left: Side,
     right: Side,
     n: int,
@@ -179,10 +189,13 @@ def angles_backward(
     """The gradients to both sides' θ; beyond the core's q columns nothing comes of the right's."""
     if of_tables is None:
         return None, None
-    dc, ds = of_tables if left[3] else of_tables[:, n:]
-    sides = [(side, end) for side, end in ((left, n), (right, q)) if side[3]]
-    found = iter(givens_kernels.tables_backward(dc, ds, *zip(*sides), n, cayley, max_angle))
-    return tuple(next(found) if side[3] else None for side in (left, right))
+    how = n, cayley, max_angle
+    if not left[3]:
+        of_right = (t[n:] for t in of_tables)
+        return None, *givens_kernels.tables_backward(*of_right, [right], [q], *how)
+    if not right[3]:
+        return *givens_kernels.tables_backward(*of_tables, [left], [n], *how), None
+    return tuple(givens_kernels.tables_backward(*of_tables, [left, right], [n, q], *how))
 
 
 def width_of(C: Tensor) -> int:
@@ -417,25 +430,35 @@ def _backward(
     T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr,
-    stages: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, stages: tl.constexpr, block_t: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
+    first = tl.program_id(0) * block
+    i = (first + tl.arange(0, block))[None, :]
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    core = _number(C, i, i < q)
+    # C by its blocks: entry (r, j) of each at (block, r, j).
+    blocks: tl.constexpr = block // width
+    r = tl.reshape(first + tl.arange(0, block), (blocks, width))
+    j = tl.arange(0, width)[None, None, :]
+    column = (r // width * width)[:, :, None] + j
+    at_C = r[:, :, None] * width + j
+    in_C = (r[:, :, None] < q) & (column < q)
+    core = _number(C, at_C, in_C)[None]
     scale = 1 + _number(s_1, i, i < n) if scaled else 1.0
     sum_s = tl.zeros((block_t, block), tl.float32)
-    sum_C = tl.zeros((block_t, block), tl.float32)
+    sum_C = tl.zeros((block_t, blocks, width, width), tl.float32)
     squares_g = tl.zeros((block_t, block), tl.float32)
     squares_x = tl.zeros((block_t, block), tl.float32)
     # With stages of its own a loop fetches ahead.
-    for first in tl.range(begin, end, block_t, num_stages=stages):
-        t = (first + tl.arange(0, block_t)).to(tl.int64)[:, None]
+    for begin_t in tl.range(begin, end, block_t, num_stages=stages):
+        t = (begin_t + tl.arange(0, block_t)).to(tl.int64)[:, None]
         g = _number(dy, t * n + i, (t < end) & (i < n))
         own = _number(x, t * m + i, (t < end) & (i < (m if energies else q)))
         h = scale * g
-        sum_C += h * own
+        rows = tl.reshape(h, (block_t, blocks, width))[:, :, :, None]
+        columns = tl.reshape(own, (block_t, blocks, width))[:, :, None, :]
+        sum_C += rows * columns
         if energies:
             squares_g += g * g
             squares_x += own * own
@@ -444,11 +467,12 @@ def _backward(
                 sum_s += g * _number(out, t * n + i, (t < end) & (i < n))
                 tl.store(du + t * n + i, h.to(du.dtype.element_ty), mask=(t < end) & (i < n))
             else:
-                sum_s += g * core * own
+                sum_s += g * tl.reshape(tl.sum(core * columns, 3), (block_t, block))
         if to_input:
-            e = (core * h).to(dx.dtype.element_ty)
+            e = tl.reshape(tl.sum(core * rows, 2), (block_t, block)).to(dx.dtype.element_ty)
             tl.store(dx + t * m + i, e, mask=(t < end) & (i < m))
-    tl.store(dC + split * q + i, tl.sum(sum_C, 0)[None, :], mask=i < q)
+    total = tl.where(in_C, tl.sum(sum_C, 0), 0.0)
+    tl.store(dC + split * q * width + at_C, total, mask=r[:, :, None] < q)
     if scaled:
         total = tl.sum(sum_s, 0)[None, :]
         if divide:
@@ -465,8 +489,8 @@ def _backward_blocks(
     dy, out, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, du, dx, dC, ds, squares,
     T, n, m, q, E_L, E_R, tokens,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr, stages: tl.constexpr,
-    width: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
+    divide: tl.constexpr, to_input: tl.constexpr, energies: tl.constexpr, width: tl.constexpr,
+    stages: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * whole
     k, row = tl.arange(0, wide)[None, :], tl.arange(0, block_t)[:, None]
@@ -621,7 +645,8 @@ def _backward_at(
 
 @triton.jit
 def _place(
-    found, ds, dC, of_tables, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, T, n, m, q, E_L, E_R, splits,
+    found, ds, dC, dcos, dsin, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1,
+    T, n, m, q, E_L, E_R, splits,
     left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
     width: tl.constexpr, first_row: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
@@ -643,6 +668,8 @@ def _place(
         tl.store(dC + i * width + row - 1, total, mask=counts & (i < q))
     else:
         # cos and sin of the left, which the right's are behind.
-        side, kind = (row - width - 1) // 2, (row - width - 1) % 2
-        to = of_tables + kind * (n + m) + side * n + i
-        tl.store(to, total, mask=counts & (side * i < m))
+        side, inside = (row - width - 1) // 2, counts & ((row - width - 1) // 2 * i < m)
+        if (row - width - 1) % 2 == 0:
+            tl.store(dcos + side * n + i, total, mask=inside)
+        else:
+            tl.store(dsin + side * n + i, total, mask=inside)

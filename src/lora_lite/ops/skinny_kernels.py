@@ -41,15 +41,17 @@ def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     (T, n), r = g.shape, h.shape[1]
     block_n = 64
     tiles = cdiv(n, block_n)
-    splits = max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
-    parts = g.new_empty(splits, n, r, dtype=torch.float32)
+    # A program that goes through all tokens takes no longer than several and their sum, from about
+    # half as many as there are multiprocessors.
+    splits = 1 if 4 * tiles >= PROGRAMS - 8 else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
+    parts = g.new_empty(splits, n, r, dtype=dtype if splits == 1 else torch.float32)
     launch(
         _outer, (tiles, splits),
         g, h, parts, T, n, cdiv(T, splits), g.stride(0),
-        r, 64, block_n, block_rows(r),
+        r, 128 if r <= 32 else 64, block_n, block_rows(r),
         stages=4,
     )  # fmt: skip
-    return fold((parts, dtype))[0]
+    return parts[0] if splits == 1 else fold((parts, dtype))[0]
 
 
 def down_and_outer(
@@ -143,20 +145,18 @@ def change(
 def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
     """The sums of up to three float32 tensors over their first axis, each in a dtype, in one
     launch."""
-    out = [p.new_empty(p.shape[1:], dtype=dtype) for p, dtype in parts]
-    last = len(parts) - 1
-    tensors, sizes, ends, block = [], [], [], 128
-    for k in range(3):
-        part, sums = parts[min(k, last)][0], out[min(k, last)]
-        programs = cdiv(sums.numel(), block) if k <= last else 0
-        ends.append(programs + (ends[-1] if ends else 0))
-        tensors += [part, sums]
-        sizes += [part.shape[0], sums.numel()]
-    launch(
-        _fold, (ends[-1],),
-        *tensors, *sizes, ends[0], ends[1],
-        block,
-    )  # fmt: skip
+    block, tensors, sizes, ends = 128, [], [], [0]
+    out = [part.new_empty(part.shape[1:], dtype=dtype) for part, dtype in parts]
+    for (part, _), sums in zip(parts, out):
+        size = sums.numel()
+        tensors += part, sums
+        sizes += part.shape[0], size
+        ends.append(ends[-1] + cdiv(size, block))
+    for _ in range(3 - len(parts)):
+        tensors += tensors[-2:]
+        sizes += sizes[-2:]
+        ends.append(ends[-1])
+    launch(_fold, (ends[-1],), *tensors, *sizes, ends[1], ends[2], block)
     return out
 
 
@@ -302,6 +302,7 @@ def _outer(
         h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < end) & (q < r), other=0.0)
         total = tl.dot(tl.trans(g_tile), h_tile, total)
     at = part + split.to(tl.int64) * n * r
+    total = total.to(part.dtype.element_ty)
     tl.store(at + i[:, None] * r + q, total, mask=(i[:, None] < n) & (q < r))
 
 

@@ -149,8 +149,8 @@ class SelectedRotations(Variant, abstract=True):
 
     def slots(self, d_in: int, d_out: int) -> tuple[int, int]:
         """How many pairs the left and the right hold."""
-        s_L, s_R = min(self.S_L, d_out // 2), min(self.S_R, d_in // 2)
-        return s_L * ("L" in self.sides), s_R * ("R" in self.sides)
+        sides, s_L, s_R = self.sides, min(self.S_L, d_out // 2), min(self.S_R, d_in // 2)
+        return s_L * ("L" in sides), s_R * ("R" in sides)
 
     def allowed(self, number: int, total: int | None) -> int:
         """How many pairs of both sides may turn after so many optimizer steps."""
@@ -194,12 +194,12 @@ class SelectedRotations(Variant, abstract=True):
 
     def rotations(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, Rotation]:
         """R_L and R_R, as "L" and "R"."""
-        by = self.rotation_param == "cayley", self.max_angle
+        by, sides = (self.rotation_param == "cayley", self.max_angle), self.sides
         counts = zip("LR", (d_out, d_in), self.active_pairs(d_in, d_out))
         return {
             side: Rotation(t[f"theta_{side}"], t[f"pairs_{side}"], t[f"active_{side}"], k, d, *by)
             for side, d, k in counts
-            if side in self.sides
+            if side in sides
         }
 
     def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
