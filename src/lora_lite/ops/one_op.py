@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_fake
 
 from lora_lite.ops.launch import without_launches
 
 LIBRARY = Library("lora_lite", "FRAGMENT")
+IMPLICIT = "CompositeImplicitAutograd"
 KINDS = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -68,38 +69,49 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         last["found"] = [g is not None for g in found[: len(taken)]]
         return [g for g in found if g is not None]
 
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        tensors, ctx.plan = dict(input=inputs, output=output), last["plan"]
-        ctx.save_for_backward(*(tensors[s[0]][s[1]] for s in ctx.plan.sources if s is not None))
-
-    def formula(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        saved = [None if s is None else as_rows(next(tensors), s[2]) for s in ctx.plan.sources]
-        needs = list(ctx.needs_input_grad)
-        found = iter(gradient(grads[:count], saved, needs, ctx.plan.numbers))
-        return tuple(next(found) if there else None for there in last["found"])
-
-    def define(name: str, schema: str, run: Callable[..., list[Tensor]]) -> Any:
+    def define(name: str, schema: str, run: Callable[..., list[Tensor]], key: str) -> Any:
         LIBRARY.define(f"{name}({schema}) -> Tensor[]")
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, run, key)
+        return getattr(torch.ops.lora_lite, name).default
 
+    def define_opaque(name: str, schema: str, run: Callable[..., list[Tensor]]) -> Any:
         def shapes(*args: Any) -> list[Tensor]:
             with without_launches():
                 return run(*args)
 
+        op = define(name, schema, run, "CompositeExplicitAutograd")
         register_fake(f"lora_lite::{name}", shapes, lib=LIBRARY)
-        return getattr(torch.ops.lora_lite, name).default
+        return op
 
-    op = define(name, inputs, forward)
+    op = define_opaque(name, inputs, forward)
     schema = "Tensor?[] grads, Tensor?[] saved, bool[] needs, str numbers"
-    gradient = define(f"{name}_backward", schema, backward)
-    register_autograd(f"lora_lite::{name}", formula, setup_context=set_up, lib=LIBRARY)
+    gradient = define_opaque(f"{name}_backward", schema, backward)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            made = op(*args)
+            tensors, ctx.plan = dict(input=args, output=made), last["plan"]
+            ctx.save_for_backward(*(tensors[s[0]][s[1]] for s in ctx.plan.sources if s is not None))
+            return tuple(made[:count])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            tensors = iter(ctx.saved_tensors)
+            saved = [None if s is None else as_rows(next(tensors), s[2]) for s in ctx.plan.sources]
+            needs = list(ctx.needs_input_grad)
+            found = iter(gradient(list(grads), saved, needs, ctx.plan.numbers))
+            return tuple(next(found) if there else None for there in last["found"])
+
+    # Which it is taken apart into once it is traced: a formula of the op itself would cost the host
+    # its lookup at every call.
+    traced = define(f"{name}_traced", inputs, lambda *args: [*Node.apply(*args)], IMPLICIT)
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return function.apply(*args)
-        made = op(*args[: len(taken)])
-        return made[0] if count == 1 else tuple(made[:count])
+        made = traced(*args[: len(taken)])
+        return made[0] if count == 1 else tuple(made)
 
     return call
 
