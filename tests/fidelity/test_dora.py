@@ -142,6 +142,18 @@ def test_stays_finite_where_the_update_cancels_every_row():
     assert model(inputs(24, torch.float32)).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_magnitudes_keep_their_digits(dtype):
+    layer = torch.nn.Linear(48, 40, dtype=dtype)
+    ll.attach(layer, "dora", r=4, seed=0)
+    with torch.no_grad():
+        layer.adapters.default.m.mul_(torch.logspace(-3, 0, 40))
+    x = torch.randn(30, 48, dtype=dtype)
+    y, want = layer(x), layer.double()(x.double())
+    off = (y.double() - want).norm(dim=0) / want.norm(dim=0)
+    assert off.max() < 4 * torch.finfo(dtype).eps
+
+
 def test_a_row_of_zeros_has_no_direction():
     model = linear()
     model.weight.data[7] = 0

@@ -145,12 +145,14 @@ def scaled(
     y = z + Δ
     if s_1 is None:
         return y
-    s_1 = s_1.to(y.dtype)
     if not on_output:
-        return y + s_1 * Δ
+        return y + s_1.to(y.dtype) * Δ
+    # Near 1 what s differs from it by keeps its digits, elsewhere s itself.
+    near = s_1.abs() < 0.5
+    s, part = torch.where(near, 1, 1 + s_1).to(y.dtype), torch.where(near, s_1, 0).to(y.dtype)
     # Not s_1 ⊙ (y − b): in float16 the difference can pass 65504 where y does not.
-    y = y + s_1 * y
-    return y if W.bias is None else y - s_1 * W.bias.to(y.dtype)
+    y = s * y + part * y
+    return y if W.bias is None else y - s_1.to(y.dtype) * W.bias.to(y.dtype)
 
 
 def accumulated(
