@@ -38,6 +38,7 @@ METHODS = [
     ("jora", dict(J, magnitude="none")),
     ("jora", dict(J, magnitude="ecd_tanh", magnitude_on="delta")),
     ("jora", dict(J, core="block", block_size=3)),
+    ("jora", dict(J, core="block", block_size=8, magnitude="none")),
     ("jora", dict(J, core="block", single_sided="left", magnitude_on="delta")),
     ("jora", dict(J, core="lowrank", lowrank_r=3)),
     ("jora", dict(J, core="lowrank", magnitude_on="delta", single_sided="right")),

@@ -37,6 +37,7 @@ class Adapter(nn.Module):
     """One method at one layer: its tensors, and whether and how strongly it acts.
 
     site: the layer's name in the model that was adapted. fingerprint: of the layer's weights.
+    alone: whether none of its tensors is shared.
     A layer that is tied to an embedding borrows the embedding's own adapter.
     """
 

@@ -61,8 +61,8 @@ def rotation_tables(R: Rotation) -> Table:
 def pair_tables(
     pairs: Int64[Tensor, "S 2"], blocks: Float[Tensor, "S 2 2"], rest: float, d: int
 ) -> Table:
-    """The table of the map T that is the blocks on their pairs (i, j) and
-    `rest` times the identity elsewhere. The pairs are disjoint; −1 is no coordinate."""
+    """The table of the map that is the blocks on their pairs (i, j) and `rest` times the identity
+    elsewhere. The pairs are disjoint; −1 is no coordinate."""
     # What concerns no coordinate goes to an entry d that is cut off.
     i = (pairs % (d + 1)).flatten()
     ij = torch.where((pairs >= 0).all(1, keepdim=True), pairs, d)

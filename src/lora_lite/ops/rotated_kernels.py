@@ -65,7 +65,8 @@ def turns(
 
 
 def turns_of(left: Side, right: Side, unused: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Turns:
-    pairs = (side[1] if side[3] else unused for side in (left, right))
+    some = left[1] if left[3] else right[1] if right[3] else unused
+    pairs = (side[1] if side[3] else some for side in (left, right))
     return Turns(c, s, p, *pairs, 2 * left[3], 2 * right[3])
 
 
