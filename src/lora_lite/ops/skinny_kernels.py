@@ -41,9 +41,10 @@ def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     (T, n), r = g.shape, h.shape[1]
     block_n = 64
     tiles = cdiv(n, block_n)
-    # A program that goes through all tokens takes no longer than several and their sum, from about
-    # half as many as there are multiprocessors.
-    splits = 1 if 4 * tiles >= PROGRAMS - 8 else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
+    # Programs that go through all tokens need no sum after them, which pays where they keep every
+    # multiprocessor busy, or half of them for a short time.
+    whole = tiles >= PROGRAMS // 2 or (tiles >= PROGRAMS // 4 - 2 and T <= 8192)
+    splits = 1 if whole else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
     parts = g.new_empty(splits, n, r, dtype=dtype if splits == 1 else torch.float32)
     launch(
         _outer, (tiles, splits),
