@@ -230,8 +230,17 @@ def without_inductor(monkeypatch):
 
 
 def test_what_does_not_compile_whole_is_timed_apart(work, without_inductor, monkeypatch):
-    """PEFT's DoRA breaks the graph, after which the compiler skips code that ours shares."""
+    """A graph that breaks, after which the compiler skips code that ours shares."""
     floors: dict[str, Side] = {}
+    peft_side = cost._peft_side
+
+    def broken(*args):
+        side = peft_side(*args)
+        breaks = lambda *_: torch._dynamo.graph_break()
+        side.model.get_submodule("base_model.model.layers.0.mlp").register_forward_pre_hook(breaks)
+        return side
+
+    monkeypatch.setattr(cost, "_peft_side", broken)
     one = case("dora", r"layers\.0\.self_attn\.q_proj", r=4)
     measured = cost.measure(one, work, modes=("compiled",), steps=4, warmup=0, floors=floors)
     row = next(measured)
