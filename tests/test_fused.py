@@ -24,6 +24,7 @@ def _few_programs(monkeypatch):
     """The interpreter runs one after the other: tiles are wider there, and still several."""
     if not CUDA:
         rotated_kernels = pytest.importorskip("lora_lite.ops.rotated_kernels")
+        monkeypatch.setattr(rotated_kernels, "TOKENS", 16)
         monkeypatch.setattr(rotated_kernels, "COLUMNS", 32)
         monkeypatch.setattr(rotated_kernels, "ENTRIES", 256)
 
@@ -80,7 +81,7 @@ def adapted(d_in, d_out, bias, dtype, variant, hyperparameters):
 def test_fused_equals_plain(monkeypatch, variant, hyperparameters, d_in, d_out, bias, dtype):
     layer = adapted(d_in, d_out, bias, dtype, variant, hyperparameters)
     # Enough tokens for every kernel, in a shape and a layout of some awkwardness.
-    T = 5 if variant == "jora" else 100
+    T = 11 if variant == "jora" else 100
     x = torch.randn(3, d_in, T, dtype=dtype, device=DEVICE).mT
     g = torch.randn(3, T, d_out, dtype=dtype, device=DEVICE)
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
@@ -116,10 +117,24 @@ def test_pairs_of_both_sides_that_meet(
         own[f"active_{side}"].copy_(torch.tensor([1, 1, side == "R", 1, side == "R", 1]).bool())
         own[f"theta_{side}"].data[1] = 0
     own["active_R"][5] = False
-    x, g = (torch.randn(9, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    x, g = (torch.randn(33, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     fused = outputs(layer, x, g)
     assert "_AddRotatedBackward" in nodes(layer(x))
+    plain = outputs(layer.double(), x.double(), g.double())
+    for key, want in plain.items():
+        tolerance = 1e-5 if DTYPES[0] == torch.float32 else 2e-2
+        close(fused[key].double(), want, tolerance, key)
+
+
+@pytest.mark.parametrize("block_size", [None, 4, 3])
+def test_sums_of_tokens_that_are_shared_out(monkeypatch, block_size):
+    """Among several programs, of which the last has fewer."""
+    core = dict(core="block", block_size=block_size) if block_size else {}
+    layer = adapted(40, 24, True, DTYPES[0], "jora", J | core)
+    x, g = (torch.randn(211, d, dtype=DTYPES[0], device=DEVICE) for d in (40, 24))
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    fused = outputs(layer, x, g)
     plain = outputs(layer.double(), x.double(), g.double())
     for key, want in plain.items():
         tolerance = 1e-5 if DTYPES[0] == torch.float32 else 2e-2
@@ -131,7 +146,7 @@ def test_each_is_one_op_to_the_compiler(monkeypatch, variant, hyperparameters):
     """Compiled whole, the layer runs the same kernels, and nothing of them is traced."""
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     layer = adapted(24, 40, True, DTYPES[0], variant, hyperparameters).train()
-    T = 6 if variant == "jora" else 150
+    T = 11 if variant == "jora" else 150
     x, g = (torch.randn(2, T, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
     traced = []
 
@@ -193,7 +208,7 @@ def test_one_compiled_form_serves_any_number_of_tokens(monkeypatch, variant, hyp
 def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, magnitude, core):
     hyper = J | dict(selection="topk_ema", magnitude=magnitude, core=core)
     layer = adapted(d_in, d_out, bias, DTYPES[0], "jora", hyper).train()
-    x, g = (torch.randn(17, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
+    x, g = (torch.randn(211, d, dtype=DTYPES[0], device=DEVICE) for d in (d_in, d_out))
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     for _ in range(2):
         y = layer(x)

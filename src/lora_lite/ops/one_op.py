@@ -13,13 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_fake
+from torch import Tensor, library
 
 from lora_lite.ops.launch import without_launches
 
-LIBRARY = Library("lora_lite", "FRAGMENT")
-IMPLICIT = "CompositeImplicitAutograd"
+OPS = library.Library("lora_lite", "FRAGMENT")
 KINDS = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -70,8 +68,8 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return [g for g in found if g is not None]
 
     def define(name: str, schema: str, run: Callable[..., list[Tensor]], key: str) -> Any:
-        LIBRARY.define(f"{name}({schema}) -> Tensor[]")
-        LIBRARY.impl(name, run, key)
+        OPS.define(f"{name}({schema}) -> Tensor[]")
+        OPS.impl(name, run, key)
         return getattr(torch.ops.lora_lite, name).default
 
     def define_opaque(name: str, schema: str, run: Callable[..., list[Tensor]]) -> Any:
@@ -80,7 +78,7 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
                 return run(*args)
 
         op = define(name, schema, run, "CompositeExplicitAutograd")
-        register_fake(f"lora_lite::{name}", shapes, lib=LIBRARY)
+        library.register_fake(f"lora_lite::{name}", shapes, lib=OPS)
         return op
 
     op = define_opaque(name, inputs, forward)
@@ -105,7 +103,8 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     # Which it is taken apart into once it is traced: a formula of the op itself would cost the host
     # its lookup at every call.
-    traced = define(f"{name}_traced", inputs, lambda *args: [*Node.apply(*args)], IMPLICIT)
+    taken_apart = lambda *args: [*Node.apply(*args)]
+    traced = define(f"{name}_traced", inputs, taken_apart, "CompositeImplicitAutograd")
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ from lora_lite.ops.launch import cdiv, launch, power_of_2
 from lora_lite.ops.selection import Squares
 from lora_lite.ops.skinny_kernels import fold
 
-PROGRAMS = 528
+PROGRAMS = 1056
 BLOCK, ROWS = 128, 16
 BLOCK_BACKWARD, ROWS_BACKWARD = 64, 8
 BLOCKS_FORWARD, BLOCKS_BACKWARD = 32, 16
@@ -93,7 +93,7 @@ def forward(
     else:
         rows, whole = BLOCKS_FORWARD, MOST_COLUMNS // width * width
         columns = cdiv(n, whole)
-        splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
+        splits, tokens = shares(T, columns, rows, 64)
         tile = (STAGES, whole, MOST_COLUMNS, rows)
         launch(_forward_blocks, (columns, splits), *tensors, *sizes, tokens, *flags, *tile)
     if E_L + E_R:
@@ -133,7 +133,7 @@ def backward(
     whole = BLOCK_BACKWARD if narrow else MOST_COLUMNS // width * width
     rows = ROWS_BACKWARD if narrow else BLOCKS_BACKWARD
     columns = cdiv(max(n, m) if to_input or energies else n, whole)
-    splits, tokens = shares(T, columns, rows, 2 * PROGRAMS, 64)
+    splits, tokens = shares(T, columns, rows, 64)
     dC_parts = dy.new_empty(splits, q, width, dtype=torch.float32)
     ds_parts = dy.new_empty(splits, n, dtype=torch.float32) if scaled else dC_parts
     squares = dy.new_empty(splits, n + m, dtype=torch.float32) if energies else dC_parts
@@ -157,7 +157,7 @@ def backward(
     if E_L + E_R:
         tile, affected = tile_of(width), turns.affected(width)
         columns = cdiv(affected, tile[1])
-        splits, tokens = shares(T, columns, TOKENS, 2 * PROGRAMS, TOKENS)
+        splits, tokens = shares(T, columns, TOKENS, TOKENS)
         sums = dy.new_empty(splits, 5 + width, affected, dtype=wide)
         columns_dx = cdiv(width * E_L + E_R, tile[1])
         tiles = columns_dx * cdiv(T, TOKENS) if to_input else 0
@@ -204,10 +204,10 @@ def width_of(C: Tensor) -> int:
     return C.shape[1] if C.ndim == 2 else 1
 
 
-def shares(T: int, columns: int, rows: int, programs: int, least: int) -> tuple[int, int]:
-    """Into how many splits T tokens go, for about so many programs, and the tokens of each, whole
+def shares(T: int, columns: int, rows: int, least: int) -> tuple[int, int]:
+    """Into how many splits T tokens go, for about PROGRAMS programs, and the tokens of each, whole
     tiles: about `least` or more."""
-    splits = max(1, min(cdiv(T, least), cdiv(programs, columns)))
+    splits = max(1, min(cdiv(T, least), cdiv(PROGRAMS, columns)))
     return splits, cdiv(cdiv(T, splits), rows) * rows
 
 

@@ -32,7 +32,7 @@ class AntiPaSTO(SingularBasis):
     def gains(self, S: Float[Tensor, " r"], g: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
         """S ⊙ ELU(c g)."""
         g = g.clamp(max=0) if self.suppress_only else g
-        return S * F.elu(g if self.coeff == 1 else self.coeff * g)
+        return S * F.elu(self.coeff * g)
 
     def prepare(
         self, W: LinearBase, U: Tensor, S: Tensor, Vh: Tensor, g: Tensor
