@@ -48,6 +48,7 @@ METHODS = [
     ("hra", dict(r=4, strict=True)),
     ("jora", dict(J)),
     ("jora", dict(J, magnitude="none")),
+    ("jora", dict(J, single_sided="right")),
     ("jora", dict(J, magnitude="ecd_tanh", magnitude_on="delta")),
     ("jora", dict(J, core="block", block_size=3)),
     ("jora", dict(J, core="block", block_size=8, magnitude="none")),
