@@ -126,15 +126,19 @@ def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
         (skinny.up, (h, B, b)),
         (skinny.up, (h, A.T, None)),
         (skinny.up, (h, B, out)),
-        (lambda g, h: skinny.outer(g, h, torch.float32), (g, h)),
+        (skinny.outer, (h, g, A)),
+        (skinny.outer, (h, g, A.float()[: (r + 1) // 2])),
         (lambda g, B, h: skinny.down_and_outer(g, B, h, 2.0, torch.float32), (g, B, h)),
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, False)),
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, True)),
     ]
     for f, args in calls:
         got, want = f(*args), plain(monkeypatch, f, *args)
-        for y, x in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want))):
+        for y, x in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
             agree(y, x, tolerance)
+    dB = skinny.outer(h, g, B.T)
+    assert dB.dtype == small and dB.stride() == B.T.stride()
+    agree(dB, plain(monkeypatch, skinny.outer, h, g, B.T), tolerance)
     for bias in (None, b):
         got = skinny.scaled_up(z.clone(), h, B, g_1, bias)
         want = plain(monkeypatch, skinny.scaled_up, z, h, B, g_1, bias)

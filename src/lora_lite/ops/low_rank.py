@@ -191,7 +191,7 @@ class _AddLowRank(torch.autograd.Function):
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
         dp, dB = down_and_outer(dy, B, h, ctx.scale, B.dtype)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
-        dA = None if x is None else outer(x, dp, A.dtype).T
+        dA = None if x is None else outer(dp, x, A)
         return dx, None, None, dA, dB, None
 
 
@@ -228,8 +228,8 @@ class _AddLowRankChange(torch.autograd.Function):
         A_2, B_2 = skinny_kernels.change(A, B, A0, B0, x.dtype)
         dp, dB_2 = down_and_outer(dy, B_2, h, ctx.scale, B.dtype)
         dx = up(dp, A_2.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
-        dA = outer(x, dp[:, :r], A.dtype).T
-        return dx, None, None, dA, dB_2[:, :r] + dB_2[:, r:], None, None, None
+        dB = dB_2[:, :r] + dB_2[:, r:]
+        return dx, None, None, outer(dp, x, A), dB, None, None, None
 
 
 class _AddCore(torch.autograd.Function):
@@ -270,7 +270,7 @@ class _TurnLowRank(torch.autograd.Function):
         shape, dy = dy.shape, dy.reshape(-1, len(B))
         dh, dB = down_and_outer(dy, B, h, 1.0, B.dtype)
         dx = up(dh, A.T, dy).view(shape) if ctx.needs_input_grad[0] else None
-        return dx, outer(x, dh, A.dtype).T, dB
+        return dx, outer(dh, x, A), dB
 
 
 class _ScaledAddLowRank(torch.autograd.Function):
@@ -299,7 +299,7 @@ class _ScaledAddLowRank(torch.autograd.Function):
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
         du, dp, dB, dg = scaled_down_and_outer(dy, out, B, h, g_1, ctx.scale, not ctx.biased)
         dx = up(dp, A.T).addmm_(du, W).view(shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, outer(x, dp, A.dtype).T, dB, None, dg
+        return dx, None, None, outer(dp, x, A), dB, None, dg
 
 
 _add_low_rank = one_op(_AddLowRank)

@@ -41,14 +41,15 @@ def up(
 
 
 def outer(
-    g: Float[Tensor, "T n"], h: Float[Tensor, "T r"], dtype: torch.dtype
-) -> Float[Tensor, "n r"]:
-    """gᵀ h, summed over the tokens."""
-    if has_kernel(g, h.shape[1]):
+    h: Float[Tensor, "T r"], x: Float[Tensor, "T d"], like: Float[Tensor, "q d"]
+) -> Float[Tensor, "q d"]:
+    """The first q rows of hᵀ x, summed over the tokens, in the dtype and layout of `like`: the
+    gradient to such a factor, which is then taken without a copy."""
+    if has_kernel(x, h.shape[1]):
         from lora_lite.ops import skinny_kernels
 
-        return skinny_kernels.outer(g, h, dtype)
-    return (g.T @ h).to(dtype)
+        return skinny_kernels.outer(h, x, like)
+    return (h[:, : len(like)].T @ x).to(like.dtype)
 
 
 def down_and_outer(

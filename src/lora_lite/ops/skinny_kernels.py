@@ -36,23 +36,26 @@ def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     return y
 
 
-def outer(g: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    g, h = rows_together(g), h.contiguous()
-    (T, n), r = g.shape, h.shape[1]
-    block_n = 64
-    tiles = cdiv(n, block_n)
+def outer(h: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    h, x = h.contiguous(), rows_together(x)
+    (T, d), r, rows = x.shape, h.shape[1], len(like)
+    block_d = 64
+    tiles = cdiv(d, block_d)
     # Programs that go through all tokens need no sum after them, which pays where they keep every
     # multiprocessor busy, or half of them for a short time.
     whole = tiles >= PROGRAMS // 2 or (tiles >= PROGRAMS // 4 - 2 and T <= 8192)
     splits = 1 if whole else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
-    parts = g.new_empty(splits, n, r, dtype=dtype if splits == 1 else torch.float32)
+    out = torch.empty_like(like)
+    parts = out if splits == 1 else x.new_empty(splits, rows * d, dtype=torch.float32)
     launch(
         _outer, (tiles, splits),
-        g, h, parts, T, n, cdiv(T, splits), g.stride(0),
-        r, 128 if r <= 32 else 64, block_n, block_rows(r),
+        h, x, parts, T, d, cdiv(T, splits), x.stride(0), *out.stride(),
+        r, rows, 128 if r <= 32 else 64, block_d, block_rows(r),
         stages=4,
     )  # fmt: skip
-    return parts[0] if splits == 1 else fold((parts, dtype))[0]
+    if splits == 1:
+        return out
+    return fold((parts, like.dtype))[0].as_strided(out.shape, out.stride())
 
 
 def down_and_outer(
@@ -288,23 +291,23 @@ def _row_norms(
 
 @triton.jit
 def _outer(
-    g, h, part, T, n, tokens, stride,
-    r: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    h, x, part, T, d, tokens, x_row, part_row, part_column,
+    r: tl.constexpr, rows: tl.constexpr,
+    block_t: tl.constexpr, block_d: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    split = tl.program_id(1)
+    i = tl.program_id(0) * block_d + tl.arange(0, block_d)
+    split = tl.program_id(1).to(tl.int64)
     q = tl.arange(0, block_r)
-    begin = split.to(tl.int64) * tokens
+    begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    total = tl.zeros((block_n, block_r), tl.float32)
+    total = tl.zeros((block_d, block_r), tl.float32)
     for first in range(begin, end, block_t):
         t = first + tl.arange(0, block_t)
-        g_tile = tl.load(g + t[:, None] * stride + i, mask=(t[:, None] < end) & (i < n), other=0.0)
+        x_tile = tl.load(x + t[:, None] * x_row + i, mask=(t[:, None] < end) & (i < d), other=0.0)
         h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < end) & (q < r), other=0.0)
-        total = tl.dot(tl.trans(g_tile), h_tile, total)
-    at = part + split.to(tl.int64) * n * r
-    total = total.to(part.dtype.element_ty)
-    tl.store(at + i[:, None] * r + q, total, mask=(i[:, None] < n) & (q < r))
+        total = tl.dot(tl.trans(x_tile), h_tile, total)
+    at = part + split * rows * d + i[:, None] * part_column + q * part_row
+    tl.store(at, total.to(part.dtype.element_ty), mask=(i[:, None] < d) & (q < rows))
 
 
 @triton.jit
