@@ -101,14 +101,19 @@ class _AddRotated(torch.autograd.Function):
 
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         left, right = (theta_L, pairs_L, active_L, k_L), (theta_R, pairs_R, active_R, k_R)
-        turns = rotated_kernels.turns(left, right, C, len(W), rows.shape[1], cayley, max_angle)
-        y, u = rotated_kernels.forward(rows @ W.T, rows, C, turns, s_1, b, on_output)
-        keep = None if s_1 is None or not on_output else y if b is None else u
+        n, m = W.shape
+        turns = rotated_kernels.turns(left, right, C, n, m, cayley, max_angle)
+        scales = s_1 is not None and on_output
+        z = rows @ W.T if scales else None
+        y, u = rotated_kernels.forward(z, rows, C, turns, s_1, b, on_output, n)
+        keep = None if not scales else y if b is None else u
+        if not scales:
+            y.addmm_(rows, W.T)
         ctx.save_for_backward(rows, W, C, *left[:3], *right[:3], *turns[:3], s_1, keep)
         ctx.how = k_L, k_R, cayley, max_angle, on_output, keep is not None and b is None
         if observer is not None:
             ctx.observer = observer
-        return y.view(*x.shape[:-1], len(W))
+        return y.view(*x.shape[:-1], n)
 
     @staticmethod
     @once_differentiable

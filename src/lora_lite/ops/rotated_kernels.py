@@ -1,11 +1,11 @@
 """Triton kernels of `rotated`: passes over all tokens as if nothing turned, and a second launch
 for what turning affects.
 
-Forward reads x and the output once; backward reads x, the output and its gradient once, for all
-sums over tokens, energies among them, and the input's gradient. A coordinate outside the pairs is
-its own partner, p_i = i, and no pass over all gathers anything. Left pairs affect outputs at their
-coordinates, and right pairs in all rows of the core's blocks that hold theirs; of the input's
-gradient it is the other way round.
+Forward reads x once, and the output where it scales it; backward reads x, the output and its
+gradient once, for all sums over tokens, energies among them, and the input's gradient. A coordinate
+outside the pairs is its own partner, p_i = i, and no pass over all gathers anything. Left pairs
+affect outputs at their coordinates, and right pairs in all rows of the core's blocks that hold
+theirs; of the input's gradient it is the other way round.
 """
 
 from typing import NamedTuple
@@ -71,34 +71,38 @@ def turns_of(left: Side, right: Side, unused: Tensor, c: Tensor, s: Tensor, p: T
 
 
 def forward(
-    z: Tensor,
+    z: Tensor | None,
     x: Tensor,
     C: Tensor,
     turns: Turns,
     s_1: Tensor | None,
     b: Tensor | None,
     on_output: bool,
+    n: int,
 ) -> tuple[Tensor, Tensor]:
     """(y, what backward needs of it), in z's memory: (1 + s_1) ⊙ (z + Δ) + b, or with
-    `on_output` off z + (1 + s_1) ⊙ Δ + b."""
-    (T, n), m, q, width = z.shape, x.shape[1], len(C), width_of(C)
-    biased, scaled = b is not None, s_1 is not None
+    `on_output` off z + (1 + s_1) ⊙ Δ + b; without z as if it were zeros, n wide."""
+    (T, m), q, width = x.shape, len(C), width_of(C)
+    biased, scaled, onto = b is not None, s_1 is not None, z is not None
+    z = x.new_empty(T, n) if z is None else z
     y = torch.empty_like(z) if biased and scaled and on_output else z
     *tables, E_L, E_R = turns
     tensors = (z, x, C, *tables, s_1 if scaled else C, b if biased else C, y)
     sizes = (T, n, m, q, E_L, E_R)
-    flags = (E_L > 0, E_R > 0, scaled, on_output, biased, y is not z, width)
+    flags = (E_L > 0, E_R > 0, onto, scaled, on_output, biased, y is not z, width)
     if width == 1:
-        launch(_forward, (cdiv(n, BLOCK), cdiv(T, ROWS)), *tensors, *sizes, *flags, ROWS, BLOCK)
+        whole, wide, rows = BLOCK, BLOCK, ROWS
+        columns, splits, tokens = cdiv(n, whole), cdiv(T, rows), rows
     else:
-        rows, whole = BLOCKS_FORWARD, MOST_COLUMNS // width * width
+        whole, wide, rows = MOST_COLUMNS // width * width, MOST_COLUMNS, BLOCKS_FORWARD
         columns = cdiv(n, whole)
         splits, tokens = shares(T, columns, rows, 64)
-        tile = (STAGES, whole, MOST_COLUMNS, rows)
-        launch(_forward_blocks, (columns, splits), *tensors, *sizes, tokens, *flags, *tile)
+    tile = (STAGES, whole, wide, rows)
+    launch(_forward, (columns * splits,), *tensors, *sizes, tokens, *flags, *tile)
     if E_L + E_R:
         tile = tile_of(width)
-        grid = cdiv(turns.affected(width), tile[1]), cdiv(T, TOKENS)
+        columns = cdiv(turns.affected(width), tile[1])
+        grid = (columns * cdiv(T, TOKENS),)
         launch(_forward_at, grid, *tensors, *sizes, *flags, *tile, warps=2)
     return y, z
 
@@ -334,27 +338,6 @@ def _finish(
 
 
 @triton.jit
-def _forward(
-    z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R,
-    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
-    block_t: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    p_R = p_L + n
-    i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
-    t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
-    inside = (t < T) & (i < n)
-    # What turns keeps its z for now: a store of all columns is a wide one.
-    rests = (_turns(p_L, i, i < n, left) | _turns(p_R, i, i < q, right)) == 0
-    core = _number(C, i, rests & (i < q))
-    scale = 1 + _number(s_1, i, rests & (i < n)) if scaled else 1.0
-    shift = _number(b, i, rests & (i < n)) if biased else 0.0
-    delta = core * _number(x, t * m + i, (t < T) & (i < q))
-    u = _number(z, t * n + i, inside)
-    _finish(z, y, t * n + i, u, delta, scale, shift, inside, scaled, on_output, biased, apart)
-
-
-@triton.jit
 def _core_tile(C, first, q, b: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr):
     """The square piece of Cᵀ whose columns begin at `first`."""
     k, i = tl.arange(0, wide)[:, None], tl.arange(0, wide)[None, :]
@@ -367,32 +350,37 @@ def _core_tile(C, first, q, b: tl.constexpr, whole: tl.constexpr, wide: tl.const
 
 
 @triton.jit
-def _forward_blocks(
+def _forward(
     z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R, tokens,
-    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr, stages: tl.constexpr,
-    whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
+    left: tl.constexpr, right: tl.constexpr, onto: tl.constexpr, scaled: tl.constexpr,
+    on_output: tl.constexpr, biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
+    stages: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
     p_R = p_L + n
-    first = tl.program_id(0) * whole
+    columns = tl.cdiv(n, whole)
+    first = tl.program_id(0) % columns * whole
     k = tl.arange(0, wide)
     i, row = (first + k)[None, :], tl.arange(0, block_t)[:, None]
     in_n, in_q = (k < whole)[None, :] & (i < n), (k < whole)[None, :] & (i < q)
-    begin = tl.program_id(1).to(tl.int64) * tokens
+    begin = (tl.program_id(0) // columns).to(tl.int64) * tokens
     end = tl.minimum(begin + tokens, T)
-    core = _core_tile(C, first, q, width, whole, wide).to(x.dtype.element_ty)
     # What turning affects keeps its z for now: a store of all columns is a wide one.
     moves = _turns(p_R, first + k, (k < whole) & (first + k < q), right)
-    moves = moves[:, None] & ((k // width)[:, None] == (k // width)[None, :])
-    moves = in_q & (tl.max(moves.to(tl.int32), 0) > 0)[None, :]
-    rests = (_turns(p_L, i, in_n, left) | moves) == 0
+    if width > 1:
+        moves = moves[:, None] & ((k // width)[:, None] == (k // width)[None, :])
+        moves = tl.max(moves.to(tl.int32), 0) > 0
+    rests = (_turns(p_L, i, in_n, left) | (in_q & moves[None, :])) == 0
+    if width == 1:
+        core = _number(C, i, rests & in_q)
+    else:
+        core = _core_tile(C, first, q, width, whole, wide).to(x.dtype.element_ty)
     scale = 1 + _number(s_1, i, rests & in_n) if scaled else 1.0
     shift = _number(b, i, rests & in_n) if biased else 0.0
     for t in tl.range(begin, end, block_t, num_stages=stages):
         there = row < end - t
         own = tl.load(x + t * m + (row * m + i), mask=there & in_q, other=0.0)
-        u = _number(z + t * n, row * n + i, there & in_n)
-        delta = tl.where(rests, tl.dot(own, core), 0.0)
+        u = _number(z + t * n, row * n + i, there & in_n) if onto else 0.0
+        delta = core * own if width == 1 else tl.where(rests, tl.dot(own, core), 0.0)
         _finish(
             z + t * n, y + t * n, row * n + i, u, delta, scale, shift, there & in_n,
             scaled, on_output, biased, apart,
@@ -402,18 +390,19 @@ def _forward_blocks(
 @triton.jit
 def _forward_at(
     z, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, b, y, T, n, m, q, E_L, E_R,
-    left: tl.constexpr, right: tl.constexpr, scaled: tl.constexpr, on_output: tl.constexpr,
-    biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
+    left: tl.constexpr, right: tl.constexpr, onto: tl.constexpr, scaled: tl.constexpr,
+    on_output: tl.constexpr, biased: tl.constexpr, apart: tl.constexpr, width: tl.constexpr,
     block_t: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     c_R, s_R, p_R = c_L + n, s_L + n, p_L + n
+    columns = tl.cdiv(E_L + width * E_R, block)
     i, counts = _entries(
-        tl.program_id(0), pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q,
+        tl.program_id(0) % columns, pairs_L, E_L, p_L, pairs_R, E_R, p_R, n, q,
         left, right, width, block, wide,
     )  # fmt: skip
-    t = (tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
+    t = ((tl.program_id(0) // columns).to(tl.int64) * block_t + tl.arange(0, block_t))[:, None]
     inside = (t < T) & counts[None, :]
-    u = _number(z, t * n + i[None, :], inside)
+    u = _number(z, t * n + i[None, :], inside) if onto else 0.0
     delta, _ = _core(x, t * m, t < T, i, counts, q, C, c_R, s_R, p_R, right, width, wide)
     if left:
         c, s, partner, in_L = _turn(c_L, s_L, p_L, i, counts, left)
