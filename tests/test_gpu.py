@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from settings import BUILT_IN, RECTANGULAR, SMALL, cases
+from settings import BUILT_IN, LINEAR, RECTANGULAR, SMALL, SQUARE, cases
 from torch import nn
 
 import lora_lite as ll
 from lora_lite.shapes import unchecked
-from lora_lite.testing import LAWS, TOLERANCE, Case, compiled_equals_eager
+from lora_lite.testing import LAWS, TOLERANCE, Case, compiled_equals_eager, move
 from lora_lite.variant import configure
 
 pytestmark = [
@@ -48,3 +48,39 @@ def test_jora_never_waits_for_the_device():
         optimizer.step()
     tensors = layers[0].adapters.default.tensors()
     assert tensors["churn_L"][0] > 0 and tensors["active_L"].sum() == 3
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_step_can_be_recorded(name):
+    """As a CUDA graph, which repeats it on other numbers without the host."""
+    like = dict(device="cuda", dtype=torch.bfloat16)
+    layer = nn.Linear(64, 64, **like)
+    calibration = [torch.randn(4, 16, 64, **like)] if name == "eva" else None
+    hyperparameters = (SMALL[name] + SQUARE.get(name, []))[0]
+    ll.attach(layer, name, calibration=calibration, **hyperparameters)
+    move(layer)
+    x, g = torch.randn(300, 64, **like).requires_grad_(), torch.randn(300, 64, **like)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        y = layer(x)
+        y.backward(g)
+        return y
+
+    with unchecked():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = step()
+        replayed = [y, *(leaf.grad for leaf in leaves)]
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        got = [t.clone() for t in replayed]
+        want = [step(), *(leaf.grad for leaf in leaves)]
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()

@@ -299,6 +299,7 @@ def test_a_failing_method_is_printed_and_the_others_go_on(tmp_path, capsys, monk
         ("--variants lorra", "no variant 'lorra'; did you mean 'lora'"),
         ("--tracks qv", "'qv'"),
         ("--modes fast", "'fast'"),
+        ("--modes eager graph", "graph is a CUDA device's, and this is a CPU"),
         ("--device tpu", "device='tpu' must be cuda or cpu"),
         ("--steps 0", "steps=0 must be ≥ 1"),
         ("--tokens 33", "tokens=33 must be a multiple of length=16"),
@@ -370,11 +371,13 @@ def test_the_table_and_the_chart_come_from_the_rows(lora, tmp_path):
     wins = on_gpu(lora, **costs, peft_same_dtype=side(12.0, 110.0))
     loses = on_gpu(lora, **{**costs, "ours": side(20.0, 120.0)}, peft_same_dtype=None)
     loses = dataclasses.replace(loses, label="slow", missing={"peft_same_dtype": "it fails"})
-    for row in (wins, loses, on_gpu(lora, track="q+v")):
+    replayed = dataclasses.replace(wins, mode="graph", ours=side(10.2, None))
+    for row in (wins, loses, replayed, on_gpu(lora, track="q+v")):
         cost_rows.write(row, results)
     text = cost_report.markdown(results)
-    assert "| lora r=4 | **1.05** | – | 1.60 (1.20) | – | – | 20 | 1,500 (**10**) |" in text
-    assert "| slow | 2.00 | – | **1.60** (–) | – | – | **20** | 1,500 (–) |" in text
+    eager, graph, mib = "**1.05** | – | 1.60 (1.20)", "**1.02** | 1.60 (1.20)", "1,500 (**10**)"
+    assert f"| lora r=4 | {eager} | {graph} | – | – | 20 | {mib} |" in text
+    assert "| slow | 2.00 | – | **1.60** (–) | – | – | – | – | **20** | 1,500 (–) |" in text
     assert text.index("lora r=4") < text.index("slow") and text.count("lora r=4") == 1
     assert "Some GPU" in text and lora.device not in text
     cost_report.write(tmp_path)

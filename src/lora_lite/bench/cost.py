@@ -6,6 +6,9 @@ dtype are timed in one process on one set of weights, in alternating rounds, so 
 drifts for all. Before, PEFT's layers get our tensors, moved off their start until they do more than
 rounding does, and must give the same outputs and input gradients. No optimizer step, schedule or
 penalty is timed.
+
+Modes: eager; compiled, by torch.compile; and on CUDA graph, the eager step recorded as a CUDA graph
+and replayed, which is what it costs the device alone, however slow the host.
 """
 
 import copy
@@ -20,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +32,16 @@ import lora_lite as ll
 from lora_lite.adapted import adapters
 from lora_lite.base import LinearBase
 from lora_lite.bench import rows
-from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Row, table, versions, write
+from lora_lite.bench.cost_rows import (
+    PEFT_DTYPES,
+    TASK,
+    Cost,
+    Mode,
+    Row,
+    table,
+    versions,
+    write,
+)
 from lora_lite.bench.memory import peak_bytes, resident_bytes
 from lora_lite.bench.twins import Twin, twin
 from lora_lite.bench.workload import (
@@ -77,7 +89,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 """The rows of each variant; one that is not here has a row at its defaults."""
 
 Track = Literal["all-linear", "q+v"]
-Mode = Literal["eager", "compiled"]
 TRACKS: dict[str, Targets] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_proj"]}
 
 MIB = 2**20
@@ -280,12 +291,17 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
-    """Compile where asked and not done yet, and warm up. Where the model doesn't compile whole,
-    only `fullgraph` is set to False.
+    """Record or compile where asked and not done yet, and warm up. Where the model doesn't compile
+    whole, only `fullgraph` is set to False.
 
-    Raises: what a step raises; AssertionError where a compiled model runs uncompiled.
+    Raises: what a step raises; AssertionError where a compiled model runs uncompiled;
+    Disagreement where a recorded step gives other gradients.
     """
-    if mode == "eager":
+    if mode != "graph":
+        side.graph = None
+    elif side.graph is None:
+        _record(side, work)
+    if mode != "compiled":
         side.call, side.fullgraph = side.model, None
     elif side.fullgraph is None:
         side.call, side.fullgraph = torch.compile(side.model, fullgraph=True, dynamic=False), True
@@ -299,6 +315,30 @@ def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
         inputs = {node.name() for node, _ in y.grad_fn.next_functions if node}
         assert inputs == {"torch::autograd::AccumulateGrad"}, "ran uncompiled"
     _repeat(side, work, warmup)
+
+
+def _record(side: Side, work: Workload) -> None:
+    """Record the side's step, gradients and all.
+
+    Raises: Disagreement where replaying it gives the input another gradient.
+    """
+    stream = torch.cuda.Stream(work.device)
+    stream.wait_stream(torch.cuda.current_stream(work.device))
+    with torch.cuda.stream(stream):  # as recording will: what is made once is made before
+        _repeat(side, work, 2)
+        work.step(side)
+        want = work.x.grad.double()
+        work.clear(side)
+    torch.cuda.current_stream(work.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work.step(side)
+    found = work.x.grad
+    graph.replay()
+    if not (error := _distance(found.double(), want)) <= AGREEMENT[work.dtype]:
+        raise Disagreement(f"the input's gradient is {error:.1e} off where the step is replayed")
+    work.clear(side)
+    side.graph = graph
 
 
 @contextmanager
@@ -413,8 +453,9 @@ def _percentiles(ms: Sequence[float]) -> tuple[float, float, float]:
 def _peak_mib(side: Side, work: Workload, mode: str) -> float | None:
     """The side's own tensors, and what a step adds to them at its peak."""
     cuda = kind(work.device) == "cuda"
-    if not cuda and mode == "compiled":
-        # The CPU's count follows single operations, and a compiled step has none.
+    # The CPU's count follows single operations, and a compiled step has none. A recorded step has
+    # its memory for good.
+    if mode == "graph" or (not cuda and mode == "compiled"):
         return None
     _repeat(side, work, 1)
     before = torch.cuda.memory_allocated(work.device) if cuda else 0
@@ -470,8 +511,8 @@ class Options:
     """Methods; all by default."""
     tracks: tuple[Track, ...] = ("all-linear", "q+v")
     """Layers: all seven projections, or q_proj and v_proj."""
-    modes: tuple[Mode, ...] = ("eager", "compiled")
-    """As it is, or by torch.compile."""
+    modes: tuple[Mode, ...] = ()
+    """As it is, recorded as a CUDA graph, or by torch.compile."""
     device: str | None = None
     """The first CUDA device where there is one, else the CPU, with a small model."""
     dtype: Dtype | None = None
@@ -504,12 +545,20 @@ class Options:
             raise ValueError(f"device={self.device!r} must be {' or '.join(DEFAULT)}")
         if kind(self.where) == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}: torch finds no CUDA device here")
+        if "graph" in self.modes and kind(self.where) != "cuda":
+            raise ValueError("modes: graph is a CUDA device's, and this is a CPU")
         for name in self.variants:
             try:
                 variant_class(name)
             except KeyError as error:
                 raise ValueError(error.args[0]) from None
         _ = self.shape
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The modes that are measured: by default all that the device has."""
+        usual = [mode for mode in get_args(Mode) if mode != "graph" or kind(self.where) == "cuda"]
+        return self.modes or tuple(usual)
 
     @property
     def where(self) -> str:
@@ -552,7 +601,7 @@ def measure_all(
         for row in measure(
             case,
             work,
-            modes=options.modes,
+            modes=options.timed,
             steps=options.steps,
             warmup=options.warmup,
             with_peft=options.peft,

@@ -4,9 +4,9 @@ else. They have the rows of GPUs alone: a CPU's show that the benchmark runs."""
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Row, read
+from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Mode, Row, read
 from lora_lite.bench.traffic import counted
 
 SIDES = ("ours", *PEFT_DTYPES)
@@ -17,12 +17,16 @@ COLUMNS = (
     "eager, × frozen",
     "counted",
     "PEFT (bf16)",
+    "CUDA graph, × frozen",
+    "PEFT (bf16)",
     "compiled, × frozen",
     "PEFT (bf16)",
     "extra MiB",
     "PEFT (bf16)",
 )
 NONE = "–"
+MODES = get_args(Mode)
+TITLES = {"eager": "eager", "graph": "CUDA graph", "compiled": "compiled"}
 
 Pair = dict[str, Row]
 """The rows of one method, by mode."""
@@ -30,12 +34,13 @@ Pair = dict[str, Row]
 
 def shown(found: Iterable[Row]) -> dict[str, dict[str, Pair]]:
     """The table's rows: by GPU and by label, those on all projections at the default shape; what
-    costs least, eager before compiled, first."""
+    costs least, by the first of its modes, first."""
     out: dict[str, dict[str, Pair]] = {}
     for row in found:
         if row.device_type == "cuda" and row.track == "all-linear" and not row.changes:
             out.setdefault(row.device, {}).setdefault(row.label, {})[row.mode] = row
-    price = lambda pair: ("eager" not in pair, (pair.get("eager") or pair["compiled"]).over_floor())
+    rank = lambda pair: min(map(MODES.index, pair))
+    price = lambda pair: (rank(pair), pair[MODES[rank(pair)]].over_floor())
     return {
         device: dict(sorted(methods.items(), key=lambda item: price(item[1])))
         for device, methods in out.items()
@@ -59,11 +64,9 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
     """How the table's numbers came about."""
     measured = [row for pair in methods.values() for row in pair.values()]
     shape, versions = measured[0].shape, measured[0].versions
-    floors = {
-        mode: [row.floor for row in measured if row.mode == mode] for mode in ("eager", "compiled")
-    }
+    floors = {mode: [row.floor for row in measured if row.mode == mode] for mode in MODES}
     ms = "; ".join(
-        f"{mode} {min(c.ms for c in costs):.1f} to {max(c.ms for c in costs):.1f} ms"
+        f"{TITLES[mode]} {min(c.ms for c in costs):.1f} to {max(c.ms for c in costs):.1f} ms"
         for mode, costs in floors.items()
         if costs
     )
@@ -74,7 +77,8 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         "the input, none to weights), and peak memory above its; lowest in bold, whoever has it. "
         f"A {shape['layers']}-layer Llama of width {shape['width']:,}, {shape['tokens']:,} tokens, "
         f"{shape['dtype']}, all seven projections adapted; adapter tensors are float32, PEFT's in "
-        "brackets in the base's dtype. Counted: the frozen step, and what the fused form must "
+        "brackets in the base's dtype. CUDA graph: the eager step recorded and replayed, which the "
+        "host's speed does not enter. Counted: the frozen step, and what the fused form must "
         "read, write and multiply at the rates of a large copy and a large product. "
         f"Frozen: {ms}{peak}. Median of "
         f"{min(row.steps for row in measured)} or more steps after warm-up, all sides in one "
@@ -162,13 +166,9 @@ def _long(found: Sequence[Row]) -> str:
 
 
 def _cells(label: str, pair: Pair) -> list[str]:
-    eager, compiled = pair.get("eager"), pair.get("compiled")
-    out = [label]
-    for row, quantity, digits in (
-        (eager, "over_floor", 2),
-        (compiled, "over_floor", 2),
-        (eager, "extra_mib", 0),
-    ):
+    eager, out = pair.get("eager"), [label]
+    times = [(pair.get(mode), "over_floor", 2) for mode in MODES]
+    for row, quantity, digits in (*times, (eager, "extra_mib", 0)):
         values = {s: getattr(row, quantity)(s) if row else None for s in SIDES}
         known = [_number(v, digits) for v in values.values() if v is not None]
         best = min(known, key=lambda text: float(text.replace(",", "")), default=None)
@@ -195,7 +195,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def plot(devices: dict[str, dict[str, Pair]], path: Path) -> None:
-    """Bars of each method's eager and compiled time in multiples of the floor, ours and PEFT's."""
+    """Bars of each method's time in multiples of the floor, ours and PEFT's, a panel a mode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +206,7 @@ def plot(devices: dict[str, dict[str, Pair]], path: Path) -> None:
     panels = [
         (device, mode, {label: pair[mode] for label, pair in methods.items() if mode in pair})
         for device, methods in devices.items()
-        for mode in ("eager", "compiled")
+        for mode in MODES
     ]
     panels = [panel for panel in panels if panel[2]]
     labels = list(dict.fromkeys(label for methods in devices.values() for label in methods))
@@ -222,7 +222,7 @@ def plot(devices: dict[str, dict[str, Pair]], path: Path) -> None:
         )
         for axis, (device, mode, measured) in zip(axes[0], panels):
             _bars(axis, measured, labels)
-            axis.set_title(f"{mode}, {device}", loc="left", fontsize=11)
+            axis.set_title(f"{TITLES[mode]}, {device}", loc="left", fontsize=11)
         axes[0, 0].set_yticks(range(len(labels)), labels)
         axes[0, 0].invert_yaxis()
         figure.supxlabel(

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_lite.bench import rows
 from lora_lite.bench.workload import DEFAULT
 
 TASK = "cost"
+Mode = Literal["eager", "graph", "compiled"]
 PEFT_DTYPES = {"peft_default": True, "peft_same_dtype": False}
 """PEFT's sides, and what each gives as `autocast_adapter_dtype`."""
 
@@ -44,7 +45,7 @@ class Row:
     variant: str
     hyperparameters: dict[str, Any]
     track: str
-    mode: str
+    mode: Mode
     device: str
     device_type: str
     shape: dict[str, Any]

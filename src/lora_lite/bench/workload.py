@@ -60,13 +60,15 @@ DEFAULT = {
 
 @dataclass
 class Side:
-    """A model that is timed, and what is known of it before."""
+    """A model that is timed, and what is known of it before. graph: its recorded step, if that is
+    what is timed."""
 
     name: str
     model: nn.Module
     init_seconds: float | None = None
     call: Callable[..., Any] = field(init=False)
     fullgraph: bool | None = None
+    graph: torch.cuda.CUDAGraph | None = None
 
     def __post_init__(self) -> None:
         self.call = self.model
@@ -95,7 +97,10 @@ class Workload:
         return side.call(self.x)
 
     def step(self, side: Side) -> None:
-        self.forward(side).backward(self.y_grad)
+        if side.graph is not None:
+            side.graph.replay()
+        else:
+            self.forward(side).backward(self.y_grad)
 
     def clear(self, side: Side) -> None:
         """Forget the gradients, as an optimizer does between steps."""
