@@ -132,13 +132,25 @@ def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, False)),
         (skinny.scaled_down_and_outer, (g, out, B, h, g_1, 0.5, True)),
     ]
+    if r % 2 == 0:
+        calls.append((skinny.down_and_outer, (g, B, h, 1.0, small, r // 2)))
     for f, args in calls:
         got, want = f(*args), plain(monkeypatch, f, *args)
         for y, x in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
-            agree(y, x, tolerance)
-    dB = skinny.outer(h, g, B.T)
+            assert (y is None) == (x is None)
+            if x is not None:
+                agree(y, x, tolerance)
+    dB, _ = skinny.outer(h, g, B.T)
     assert dB.dtype == small and dB.stride() == B.T.stride()
-    agree(dB, plain(monkeypatch, skinny.outer, h, g, B.T), tolerance)
+    agree(dB, plain(monkeypatch, skinny.outer, h, g, B.T)[0], tolerance)
+    for seen in (
+        skinny.outer(h, g, A, True),
+        skinny.down_and_outer(g, B, h, 2.0, small, energies=True),
+        skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True, True),
+    ):
+        parts, tokens = seen[-1]
+        assert tokens == T and parts.shape[1] == n
+        agree(parts.sum(0), g.double().square().sum(0), 1e-6)
     for bias in (None, b):
         got = skinny.scaled_up(z.clone(), h, B, g_1, bias)
         want = plain(monkeypatch, skinny.scaled_up, z, h, B, g_1, bias)
@@ -161,8 +173,10 @@ def test_skinny_products_take_strided_rows(monkeypatch):
 def test_skinny_sums_are_the_same_in_every_run():
     g, out, h = (random(2100, k, dtype=HALF) for k in (300, 300, 8))
     B, g_1 = random(300, 8), random(300)
-    first, second = (skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True) for _ in range(2))
+    run = lambda: skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True, True)
+    (*first, squares), (*second, others) = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert torch.equal(squares.parts, others.parts)
 
 
 def test_a_scale_of_zero_has_no_gradient(monkeypatch):
@@ -170,7 +184,7 @@ def test_a_scale_of_zero_has_no_gradient(monkeypatch):
     g, out, h = (random(300, k, dtype=HALF) for k in (40, 40, 4))
     B, g_1 = random(40, 4), random(40)
     g_1[7] = -1
-    du, dp, dB, dg = skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True)
+    du, dp, dB, dg, _ = skinny.scaled_down_and_outer(g, out, B, h, g_1, 0.5, True)
     assert not du[:, 7].any() and not dB[7].any() and dg[7] == 0
     for t in (du, dp, dB, dg):
         assert t.isfinite().all()

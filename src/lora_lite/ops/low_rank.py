@@ -1,6 +1,7 @@
 """The low-rank product that LoRA and its kin add to a layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def add_low_rank(
         return W(x) + low_rank(x if v is None else v, A, B, core)
     if isinstance(core, Tensor):
         return _add_core(x, *own, A, B, core)
-    return _add_low_rank(x, *own, A, B, core)
+    return _add_low_rank(x, *own, A, B, core, taken_over(W))
 
 
 def add_low_rank_change(
@@ -130,7 +131,7 @@ def scaled_add_low_rank(
     and B. Keeps x, A x and the output, which the layer above keeps anyway (with a bias, its own).
     """
     if (v is None or v is x) and (own := accumulated(W, x)):
-        return _scaled_add_low_rank(x, *own, A, B, scale, g_1)
+        return _scaled_add_low_rank(x, *own, A, B, scale, g_1, taken_over(W))
     return scaled(W, W(x), low_rank(x if v is None else v, A, B, scale), g_1)
 
 
@@ -155,6 +156,15 @@ def scaled(
     return y if W.bias is None else y - s_1.to(y.dtype) * W.bias.to(y.dtype)
 
 
+def taken_over(W: LinearBase) -> Callable[..., None] | None:
+    """W's observer, for a function whose backward shows it what it wants; none where compiled, as
+    an op shows nothing."""
+    if torch.compiler.is_compiling():
+        return None
+    observer, W.observer = W.observer, None
+    return observer
+
+
 def accumulated(
     W: LinearBase, x: Tensor
 ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"] | None] | None:
@@ -176,12 +186,22 @@ def accumulates_in(x: Tensor) -> bool:
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        observer: Callable[..., None] | None = None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = down(rows, A, scale)
-        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, W, A, B, h)
+        wanted = ctx.needs_input_grad[3] or observer is not None
+        ctx.save_for_backward(rows if wanted else None, W, A, B, h)
         ctx.scale = scale
+        if observer is not None:
+            ctx.observer = observer
         return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -189,10 +209,13 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
-        dp, dB = down_and_outer(dy, B, h, ctx.scale, B.dtype)
+        seen = hasattr(ctx, "observer")
+        dp, dB, g_squares = down_and_outer(dy, B, h, ctx.scale, B.dtype, energies=seen)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
-        dA = None if x is None else outer(dp, x, A)
-        return dx, None, None, dA, dB, None
+        dA, x_squares = (None, None) if x is None else outer(dp, x, A, seen)
+        if seen:
+            ctx.observer(x_squares or x, g_squares or dy)
+        return dx, None, None, dA, dB, None, None
 
 
 class _AddLowRankChange(torch.autograd.Function):
@@ -226,10 +249,10 @@ class _AddLowRankChange(torch.autograd.Function):
         x, W, A, B, A0, B0, h = ctx.saved_tensors
         shape, dy, r = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W)), len(A)
         A_2, B_2 = skinny_kernels.change(A, B, A0, B0, x.dtype)
-        dp, dB_2 = down_and_outer(dy, B_2, h, ctx.scale, B.dtype)
+        # Both parts of B_2 are B but for a constant.
+        dp, dB, _ = down_and_outer(dy, B_2, h, ctx.scale, B.dtype, r)
         dx = up(dp, A_2.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
-        dB = dB_2[:, :r] + dB_2[:, r:]
-        return dx, None, None, outer(dp, x, A), dB, None, None, None
+        return dx, None, None, outer(dp, x, A)[0], dB, None, None, None
 
 
 class _AddCore(torch.autograd.Function):
@@ -268,9 +291,9 @@ class _TurnLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(-1, len(B))
-        dh, dB = down_and_outer(dy, B, h, 1.0, B.dtype)
+        dh, dB, _ = down_and_outer(dy, B, h, 1.0, B.dtype)
         dx = up(dh, A.T, dy).view(shape) if ctx.needs_input_grad[0] else None
-        return dx, outer(dh, x, A), dB
+        return dx, outer(dh, x, A)[0], dB
 
 
 class _ScaledAddLowRank(torch.autograd.Function):
@@ -284,12 +307,15 @@ class _ScaledAddLowRank(torch.autograd.Function):
         B: Tensor,
         scale: float,
         g_1: Tensor,
+        observer: Callable[..., None] | None = None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = down(rows, A, scale)
         y, out = scaled_up(rows @ W.T, h, B, g_1, b)
         ctx.save_for_backward(rows, W, A, B, h, g_1, out)
         ctx.scale, ctx.biased = scale, b is not None
+        if observer is not None:
+            ctx.observer = observer
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -297,9 +323,15 @@ class _ScaledAddLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h, g_1, out = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
-        du, dp, dB, dg = scaled_down_and_outer(dy, out, B, h, g_1, ctx.scale, not ctx.biased)
+        seen = hasattr(ctx, "observer")
+        du, dp, dB, dg, g_squares = scaled_down_and_outer(
+            dy, out, B, h, g_1, ctx.scale, not ctx.biased, seen
+        )
         dx = up(dp, A.T).addmm_(du, W).view(shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, outer(dp, x, A), dB, None, dg
+        dA, x_squares = outer(dp, x, A, seen)
+        if seen:
+            ctx.observer(x_squares or x, g_squares or dy)
+        return dx, None, None, dA, dB, None, dg, None
 
 
 _add_low_rank = one_op(_AddLowRank)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import MOST_COLUMNS, block_columns
 from lora_lite.ops.givens import Rotation, apply_pairs, rotation_tables
-from lora_lite.ops.low_rank import accumulated, scaled
+from lora_lite.ops.low_rank import accumulated, scaled, taken_over
 from lora_lite.ops.one_op import one_op
 
 
@@ -66,12 +66,9 @@ def add_rotated(
     itself (with a bias, its own).
     """
     if (C.ndim == 1 or C.shape[1] <= MOST_COLUMNS) and (own := accumulated(W, x)):
-        observer = None
-        if not torch.compiler.is_compiling():  # which an op shows nothing
-            observer, W.observer = W.observer, None
         sides = (side[:4] if side else (None, None, None, 0) for side in (left, right))
         by = (left or right or (False, 0.0))[-2:]
-        return _add_rotated(x, *own, C, *chain(*sides), *by, s_1, on_output, observer)
+        return _add_rotated(x, *own, C, *chain(*sides), *by, s_1, on_output, taken_over(W))
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
 
 

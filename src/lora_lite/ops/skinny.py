@@ -1,7 +1,8 @@
 """Products with a side of few rows, one pass over the long tensor each.
 
 Each has a plain form, which defines it, and a Triton kernel for CUDA tensors of many tokens. The
-small factors may be wider floats than the tokens; they are cast where they are read.
+small factors may be wider floats than the tokens; they are cast where they are read. With
+`energies` a kernel sums the squares of what it reads on its way, and the plain forms do not.
 """
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.selection import Squares
 
 MOST_ROWS = 128
 LEAST_TOKENS = 256
@@ -41,15 +43,18 @@ def up(
 
 
 def outer(
-    h: Float[Tensor, "T r"], x: Float[Tensor, "T d"], like: Float[Tensor, "q d"]
-) -> Float[Tensor, "q d"]:
+    h: Float[Tensor, "T r"],
+    x: Float[Tensor, "T d"],
+    like: Float[Tensor, "q d"],
+    energies: bool = False,
+) -> tuple[Float[Tensor, "q d"], Squares | None]:
     """The first q rows of hᵀ x, summed over the tokens, in the dtype and layout of `like`: the
-    gradient to such a factor, which is then taken without a copy."""
+    gradient to such a factor, which is then taken without a copy. And the squares of x."""
     if has_kernel(x, h.shape[1]):
         from lora_lite.ops import skinny_kernels
 
-        return skinny_kernels.outer(h, x, like)
-    return (h[:, : len(like)].T @ x).to(like.dtype)
+        return skinny_kernels.outer(h, x, like, energies)
+    return (h[:, : like.shape[0]].T @ x).to(like.dtype), None
 
 
 def down_and_outer(
@@ -58,14 +63,20 @@ def down_and_outer(
     h: Float[Tensor, "T r"],
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Float[Tensor, "T r"], Float[Tensor, "n r"]]:
-    """(scale · g B, gᵀ h in a dtype): what y = h Bᵀ, h = scale · p, gives back to p and to B."""
+    q: int | None = None,
+    energies: bool = False,
+) -> tuple[Float[Tensor, "T r"], Float[Tensor, "n q"], Squares | None]:
+    """(scale · g B, gᵀ h in a dtype): what y = h Bᵀ, h = scale · p, gives back to p and to B; for a
+    B of parts q wide that differ from one another by constants, to each of them. And the squares
+    of g."""
+    q = h.shape[1] if q is None else q
     if has_kernel(g, h.shape[1]):
         from lora_lite.ops import skinny_kernels
 
-        return skinny_kernels.down_and_outer(g, B, h, scale, dtype)
+        return skinny_kernels.down_and_outer(g, B, h, scale, dtype, q, energies)
     dp = g @ B.to(g.dtype)
-    return dp if scale == 1 else dp * scale, (g.T @ h).to(dtype)
+    dB = (g.T @ h).unflatten(1, (-1, q)).sum(1)
+    return dp if scale == 1 else dp * scale, dB.to(dtype), None
 
 
 def scaled_up(
@@ -94,18 +105,26 @@ def scaled_down_and_outer(
     g_1: Float[Tensor, " n"],
     scale: float,
     scaled: bool,
-) -> tuple[Float[Tensor, "T n"], Float[Tensor, "T r"], Float[Tensor, "n r"], Float[Tensor, " n"]]:
+    energies: bool = False,
+) -> tuple[
+    Float[Tensor, "T n"],
+    Float[Tensor, "T r"],
+    Float[Tensor, "n r"],
+    Float[Tensor, " n"],
+    Squares | None,
+]:
     """(du, scale · du B, duᵀ h, Σ_t dy ⊙ u) for du = (1 + g_1) ⊙ dy, where `out` is u, or if
-    `scaled` (1 + g_1) ⊙ u, in which u keeps all its digits however small the factor."""
+    `scaled` (1 + g_1) ⊙ u, in which u keeps all its digits however small the factor. And the
+    squares of dy."""
     if has_kernel(dy, h.shape[1]):
         from lora_lite.ops import skinny_kernels
 
-        return skinny_kernels.scaled_down_and_outer(dy, out, B, h, g_1, scale, scaled)
+        return skinny_kernels.scaled_down_and_outer(dy, out, B, h, g_1, scale, scaled, energies)
     du = dy + g_1.to(dy.dtype) * dy
     dg = (dy * out).sum(0, dtype=g_1.dtype)
     if scaled:
         dg = torch.where(g_1 == -1, 0, dg / (1 + g_1))
-    return du, du @ B.to(du.dtype) * scale, (du.T @ h).to(B.dtype), dg
+    return du, du @ B.to(du.dtype) * scale, (du.T @ h).to(B.dtype), dg, None
 
 
 def has_kernel(x: Tensor, rows: int) -> bool:

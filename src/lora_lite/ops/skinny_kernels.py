@@ -1,11 +1,14 @@
 """Triton kernels of `skinny`. Sums run in float32 in a fixed order, so results repeat."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_lite.ops.launch import cdiv, launch, power_of_2, shared_memory_bytes
+from lora_lite.ops.selection import Squares
 
 
 def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
@@ -36,9 +39,9 @@ def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     return y
 
 
-def outer(h: Tensor, x: Tensor, like: Tensor) -> Tensor:
+def outer(h: Tensor, x: Tensor, like: Tensor, energies: bool) -> tuple[Tensor, Squares | None]:
     h, x = h.contiguous(), rows_together(x)
-    (T, d), r, rows = x.shape, h.shape[1], len(like)
+    (T, d), r, rows = x.shape, h.shape[1], like.shape[0]
     block_d = 64
     tiles = cdiv(d, block_d)
     # Programs that go through all tokens need no sum after them, which pays where they keep every
@@ -47,28 +50,36 @@ def outer(h: Tensor, x: Tensor, like: Tensor) -> Tensor:
     splits = 1 if whole else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
     out = torch.empty_like(like)
     parts = out if splits == 1 else x.new_empty(splits, rows * d, dtype=torch.float32)
+    squares = x.new_empty(splits, d, dtype=torch.float32) if energies else parts
     launch(
         _outer, (tiles, splits),
-        h, x, parts, T, d, cdiv(T, splits), x.stride(0), *out.stride(),
-        r, rows, 128 if r <= 32 else 64, block_d, block_rows(r),
+        h, x, parts, squares, T, d, cdiv(T, splits), x.stride(0), *out.stride(),
+        r, rows, energies, 128 if r <= 32 else 64, block_d, block_rows(r),
         stages=4,
     )  # fmt: skip
-    if splits == 1:
-        return out
-    return fold((parts, like.dtype))[0].as_strided(out.shape, out.stride())
+    if splits > 1:
+        out = fold((parts, like.dtype))[0].as_strided(out.shape, out.stride())
+    return out, Squares(squares, T) if energies else None
 
 
 def down_and_outer(
-    g: Tensor, B: Tensor, h: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    _, dp, dB = _both(g, None, B, h, None, scale, False, dtype)
-    return dp, dB
+    g: Tensor, B: Tensor, h: Tensor, scale: float, dtype: torch.dtype, q: int, energies: bool
+) -> tuple[Tensor, Tensor, Squares | None]:
+    _, dp, dB, squares = _both(g, None, B, h, None, scale, False, dtype, q, energies)
+    return dp, dB, squares
 
 
 def scaled_down_and_outer(
-    dy: Tensor, out: Tensor, B: Tensor, h: Tensor, g_1: Tensor, scale: float, scaled: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _both(dy, out, B, h, g_1, scale, scaled, B.dtype)
+    dy: Tensor,
+    out: Tensor,
+    B: Tensor,
+    h: Tensor,
+    g_1: Tensor,
+    scale: float,
+    scaled: bool,
+    energies: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Squares | None]:
+    return _both(dy, out, B, h, g_1, scale, scaled, B.dtype, h.shape[1], energies)
 
 
 def _both(
@@ -80,7 +91,9 @@ def _both(
     scale: float,
     divide: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+    q: int,
+    energies: bool,
+) -> tuple[Any, ...]:
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
     block_t, block_n = 32 if scaled else 64, 256 if r <= 32 else 128
@@ -89,18 +102,19 @@ def _both(
     splits = cdiv(T, tokens)
     stages = (3 if scaled else 4) if is_roomy(g) else 2
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
-    dB = g.new_empty(splits, n, r, dtype=torch.float32)
+    dB = g.new_empty(splits, n, q, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
     sums = g.new_empty(splits, n, dtype=torch.float32) if scaled else dp
+    squares = g.new_empty(splits, n, dtype=torch.float32) if energies else dp
     launch(
         _down_and_outer, (tiles, splits),
-        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
+        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums, squares,
         T, n, tokens, scale,
-        r, scaled, divide, stages, block_t, block_n, block_rows(r),
+        r, q, scaled, divide, energies, stages, block_t, block_n, block_rows(r),
         warps=8,
     )  # fmt: skip
     parts = [(dp, g.dtype), (dB, dtype)] + ([(sums, g_1.dtype)] if scaled else [])
-    return du, *fold(*parts)
+    return du, *fold(*parts), Squares(squares, T) if energies else None
 
 
 def scaled_up(
@@ -291,8 +305,8 @@ def _row_norms(
 
 @triton.jit
 def _outer(
-    h, x, part, T, d, tokens, x_row, part_row, part_column,
-    r: tl.constexpr, rows: tl.constexpr,
+    h, x, part, squares, T, d, tokens, x_row, part_row, part_column,
+    r: tl.constexpr, rows: tl.constexpr, energies: tl.constexpr,
     block_t: tl.constexpr, block_d: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * block_d + tl.arange(0, block_d)
@@ -301,19 +315,37 @@ def _outer(
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
     total = tl.zeros((block_d, block_r), tl.float32)
+    sums = tl.zeros((16, block_d), tl.float32)
     for first in range(begin, end, block_t):
         t = first + tl.arange(0, block_t)
         x_tile = tl.load(x + t[:, None] * x_row + i, mask=(t[:, None] < end) & (i < d), other=0.0)
         h_tile = tl.load(h + t[:, None] * r + q, mask=(t[:, None] < end) & (q < r), other=0.0)
         total = tl.dot(tl.trans(x_tile), h_tile, total)
+        if energies:
+            sums += _squares(x_tile, block_t, block_d)
+    if energies:
+        tl.store(squares + split * d + i, tl.sum(sums, 0), mask=i < d)
     at = part + split * rows * d + i[:, None] * part_column + q * part_row
     tl.store(at, total.to(part.dtype.element_ty), mask=(i[:, None] < d) & (q < rows))
 
 
 @triton.jit
+def _over_rows(terms, block_t: tl.constexpr, block_n: tl.constexpr):
+    """Sums over rows that lie 16 apart, which are one thread's."""
+    return tl.sum(tl.reshape(terms, (block_t // 16, 16, block_n)), 0)
+
+
+@triton.jit
+def _squares(tile, block_t: tl.constexpr, block_n: tl.constexpr):
+    wide = tile.to(tl.float32)
+    return _over_rows(wide * wide, block_t, block_n)
+
+
+@triton.jit
 def _down_and_outer(
-    g, out, g_1, B, h, du, dp, dB, sums, T, n, tokens, scale,
-    r: tl.constexpr, scaled: tl.constexpr, divide: tl.constexpr, stages: tl.constexpr,
+    g, out, g_1, B, h, du, dp, dB, sums, squares, T, n, tokens, scale,
+    r: tl.constexpr, width: tl.constexpr, scaled: tl.constexpr, divide: tl.constexpr,
+    energies: tl.constexpr, stages: tl.constexpr,
     block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
     column, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -329,30 +361,38 @@ def _down_and_outer(
         dg = tl.zeros((16, block_n), tl.float32)
     factor = factor.to(g.dtype.element_ty)
     total = tl.zeros((block_n, block_r), tl.float32)
+    energy = tl.zeros((16, block_n), tl.float32)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
     # With its own number of stages a loop also fetches ahead what no product takes: out.
     for first in tl.range(begin, end, block_t, num_stages=stages):
         t = first + tl.arange(0, block_t)[:, None]
         at, inside, of_h = t * n + i, (t < end) & (i < n), (t < end) & (q < r)
-        h_tile = tl.load(h + t * r + q, mask=of_h, other=0.0)
+        h_tile = tl.load(h + t * r + q, mask=(t < end) & (q < width), other=0.0)
+        for part in tl.static_range(1, r // width):
+            more = h + t * r + part * width + q
+            h_tile += tl.load(more, mask=(t < end) & (q < width), other=0.0)
         g_tile = tl.load(g + at, mask=inside, other=0.0)
         if scaled:
             wide = g_tile.to(tl.float32)
             terms = wide * tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-            # Rows 16 apart lie in one thread.
-            dg += tl.sum(tl.reshape(terms, (block_t // 16, 16, block_n)), 0)
+            dg += _over_rows(terms, block_t, block_n)
             tl.store(du + at, (s * wide).to(g_tile.dtype), mask=inside)
         share = tl.dot(g_tile, factor)
         tl.store(dp + (column * T + t) * r + q, scale * share, mask=of_h)
         total = tl.dot(tl.trans(g_tile), h_tile, total)
+        if energies:
+            energy += _squares(g_tile, block_t, block_n)
+    if energies:
+        tl.store(squares + split * n + i, tl.sum(energy, 0), mask=i < n)
     if scaled:
         total = of_rows * total
         dg = tl.sum(dg, 0)
         if divide:
             dg = tl.where(s == 0, 0.0, dg / s)
         tl.store(sums + split * n + i, dg, mask=i < n)
-    tl.store(dB + (split * n + i[:, None]) * r + q, total, mask=of_B)
+    to = dB + (split * n + i[:, None]) * width + q
+    tl.store(to, total, mask=(i[:, None] < n) & (q < width))
 
 
 @triton.jit
