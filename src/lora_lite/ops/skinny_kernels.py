@@ -96,11 +96,12 @@ def _both(
 ) -> tuple[Any, ...]:
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
-    block_t, block_n = 32 if scaled else 64, 256 if r <= 32 else 128
+    roomy = is_roomy(g)
+    block_t, block_n = 32 if scaled else 64, (256 if r <= 32 else 128) // (1 if roomy else 2)
     tiles = cdiv(n, block_n)
     tokens = cdiv(cdiv(T, max(1, PROGRAMS // 2 // tiles)), block_t) * block_t
     splits = cdiv(T, tokens)
-    stages = (3 if scaled else 4) if is_roomy(g) else 2
+    stages = (4 if roomy else 2) - (roomy and scaled) - (r > max(q, 64))
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
     dB = g.new_empty(splits, n, q, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
