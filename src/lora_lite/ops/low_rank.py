@@ -63,8 +63,8 @@ def add_low_rank(
     given.
 
     On CUDA the layer's own product accumulates onto the small one, forward and backward, so that
-    the update makes no pass over the output or the input's gradient of its own. Keeps x where A
-    trains, and A x.
+    the update makes no pass over the output or the input's gradient of its own; what W's observer
+    is shown is summed on the way. Keeps x where A trains or is observed, and A x.
     """
     if (v is not None and v is not x) or not (own := accumulated(W, x)):
         return W(x) + low_rank(x if v is None else v, A, B, core)
@@ -127,8 +127,9 @@ def scaled_add_low_rank(
 ) -> Float[Tensor, "*batch d_out"]:
     """(1 + g_1) ⊙ (W x + scale · B A v) + b, v being x unless given.
 
-    On CUDA one pass scales the output where it lies, and one pass over its gradient serves g_1, A
-    and B. Keeps x, A x and the output, which the layer above keeps anyway (with a bias, its own).
+    On CUDA one pass scales the output where it lies, and one pass over its gradient serves g_1, A,
+    B and W's observer. Keeps x, A x and the output, which the layer above keeps anyway (with a
+    bias, its own).
     """
     if (v is None or v is x) and (own := accumulated(W, x)):
         return _scaled_add_low_rank(x, *own, A, B, scale, g_1, taken_over(W))

@@ -58,7 +58,8 @@ def outer(h: Tensor, x: Tensor, like: Tensor, energies: bool) -> tuple[Tensor, S
         stages=4,
     )  # fmt: skip
     if splits > 1:
-        out = fold((parts, like.dtype))[0].as_strided(out.shape, out.stride())
+        found = fold((parts, like.dtype), *[(squares, torch.float32)] * energies)
+        out, squares = found[0].as_strided(out.shape, out.stride()), found[-1][None]
     return out, Squares(squares, T) if energies else None
 
 
@@ -105,17 +106,20 @@ def _both(
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
     dB = g.new_empty(splits, n, q, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
-    sums = g.new_empty(splits, n, dtype=torch.float32) if scaled else dp
-    squares = g.new_empty(splits, n, dtype=torch.float32) if energies else dp
+    # A row a split: of dg, and behind it of the squares, where they are wanted.
+    more = scaled + energies
+    sums = g.new_empty(splits, more * n, dtype=torch.float32) if more else dp
     launch(
         _down_and_outer, (tiles, splits),
-        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums, squares,
+        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
         T, n, tokens, scale,
         r, q, scaled, divide, energies, stages, block_t, block_n, block_rows(r),
         warps=8,
     )  # fmt: skip
-    parts = [(dp, g.dtype), (dB, dtype)] + ([(sums, g_1.dtype)] if scaled else [])
-    return du, *fold(*parts), Squares(squares, T) if energies else None
+    dp, dB, *found = fold((dp, g.dtype), (dB, dtype), *[(sums, torch.float32)] * (more > 0))
+    found = list(found[0].split(n)) if more > 1 else found
+    squares = Squares(found.pop()[None], T) if energies else None
+    return du, dp, dB, *(dg.to(g_1.dtype) for dg in found), squares
 
 
 def scaled_up(
@@ -344,7 +348,7 @@ def _squares(tile, block_t: tl.constexpr, block_n: tl.constexpr):
 
 @triton.jit
 def _down_and_outer(
-    g, out, g_1, B, h, du, dp, dB, sums, squares, T, n, tokens, scale,
+    g, out, g_1, B, h, du, dp, dB, sums, T, n, tokens, scale,
     r: tl.constexpr, width: tl.constexpr, scaled: tl.constexpr, divide: tl.constexpr,
     energies: tl.constexpr, stages: tl.constexpr,
     block_t: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
@@ -384,14 +388,16 @@ def _down_and_outer(
         total = tl.dot(tl.trans(g_tile), h_tile, total)
         if energies:
             energy += _squares(g_tile, block_t, block_n)
+    more: tl.constexpr = scaled + energies
+    sums += split * more * n + i
     if energies:
-        tl.store(squares + split * n + i, tl.sum(energy, 0), mask=i < n)
+        tl.store(sums + scaled * n, tl.sum(energy, 0), mask=i < n)
     if scaled:
         total = of_rows * total
         dg = tl.sum(dg, 0)
         if divide:
             dg = tl.where(s == 0, 0.0, dg / s)
-        tl.store(sums + split * n + i, dg, mask=i < n)
+        tl.store(sums, dg, mask=i < n)
     to = dB + (split * n + i[:, None]) * width + q
     tl.store(to, total, mask=(i[:, None] < n) & (q < width))
 
