@@ -68,8 +68,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "rslora": (dict(r=16),),
     "dora": (dict(r=16),),
     "pissa": (dict(r=16),),
-    # Three small factors: at the usual alpha their product is lost in bfloat16's rounding.
-    "adalora": (dict(init_r=16, alpha=1600.0),),
+    "adalora": (dict(init_r=16),),
     "oft": (dict(block_size=32), dict(block_size=32, exact=True)),
     # PEFT's has one level where its CUDA extension is not built.
     "boft": (dict(block_size=8, m=2), dict(block_size=8)),
