@@ -200,7 +200,7 @@ def sides_of(case: Case, work: Workload, with_peft: bool) -> tuple[list[Side], i
     batches = calibration_for(case.variant, [work.batch()])
     plan = ll.attach(model, case.variant, case.targets, seed=SEED, calibration=batches)
     for _, hook in prompt_hooks(model):
-        hook.given = torch.tensor([work.x.shape[-2]])
+        hook.given = torch.tensor([work.x.shape[-2]], device=work.device)
     seconds = now(work.device) - start + SvdOnce.seconds_saved - saved
     ours = Side("ours", model, seconds)
     move(model, scale=MOVED[0])
@@ -319,13 +319,19 @@ def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
 def _record(side: Side, work: Workload) -> None:
     """Record the side's step, gradients and all.
 
-    Raises: Disagreement where replaying it gives the input another gradient.
+    Raises: Disagreement where replaying it gives the input another gradient; RuntimeError where the
+    host waits for the device in a step.
     """
     stream = torch.cuda.Stream(work.device)
     stream.wait_stream(torch.cuda.current_stream(work.device))
     with torch.cuda.stream(stream):  # as recording will: what is made once is made before
         _repeat(side, work, 2)
-        work.step(side)
+        # Recording would fail, and leave the allocator unable to give memory back.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work.step(side)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         want = work.x.grad.double()
         work.clear(side)
     torch.cuda.current_stream(work.device).wait_stream(stream)
