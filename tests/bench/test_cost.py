@@ -256,6 +256,31 @@ def test_a_compiled_model_that_runs_uncompiled_is_an_error(work, monkeypatch):
         measure(work, "lora", modes=("compiled",), r=4)
 
 
+def test_a_replayed_step_is_timed_without_memory(work, monkeypatch):
+    """And where the host waits within a step of PEFT's none is recorded."""
+    record, replayed = cost._record, []
+
+    class Recorded:
+        def __init__(self, side):
+            self.replay = lambda: replayed.append(side.name) or eager(side)
+
+    eager = lambda side: work.forward(side).backward(work.y_grad)
+
+    def fake(side, work):
+        if side.waits:
+            record(side, work)
+        side.graph = Recorded(side)
+
+    monkeypatch.setattr(cost, "_record", fake)
+    row = measure(work, "oft", modes=("eager", "graph"), block_size=4, exact=True)
+    assert row.mode == "graph" and row.ours.ms > 0
+    assert row.ours.peak_mib is None and row.ours.saved_mib is None
+    assert set(replayed) == {"floor", "ours"}
+    assert all("waits for the device" in row.missing[side] for side in cost_rows.PEFT_DTYPES)
+    row = measure(work, "oft", modes=("graph", "eager"), block_size=4)
+    assert row.peft_default is not None and row.ours.peak_mib > 0
+
+
 def test_a_weight_is_decomposed_once(monkeypatch):
     from lora_lite.base import LinearBase
 
@@ -351,10 +376,11 @@ def test_the_least_that_a_step_can_cost_is_counted(lora):
         for setting in settings:
             hyper = dataclasses.asdict(configure(name, **setting))
             other = dataclasses.replace(row, variant=name, hyperparameters=hyper)
-            known = traffic.counted(other)
-            assert known is None or 1 < known < 1.5
-            # JORA's low-rank core is not fused whole.
-            assert known is not None or hyper.get("core") == "lowrank", name
+            assert 1 < traffic.counted(other) < 1.5, name
+    unfused = dataclasses.asdict(configure("jora", clip="tanh"))
+    assert (
+        traffic.counted(dataclasses.replace(row, variant="jora", hyperparameters=unfused)) is None
+    )
 
 
 def test_the_table_and_the_chart_come_from_the_rows(lora, tmp_path):

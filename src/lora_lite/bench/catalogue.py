@@ -72,9 +72,10 @@ def notes(root: Path) -> str:
         "transformer, pretrained on upright digits (source) and adapted to turned ones (target), "
         "each method at the best learning rate of one sweep; method, curves and all numbers in "
         f"[docs/digits.md](docs/digits.md). Step: forward and backward of a Llama{on} in multiples "
-        "of the frozen model's, beside PEFT's with float32 / bfloat16 adapters; "
-        "[docs/cost.md](docs/cost.md). What is slower or worse is shown like the rest; – is not "
-        "measured. Shapes, work and verdicts of each: [docs/variants.md](docs/variants.md)."
+        "of the frozen model's, beside PEFT's with float32 / bfloat16 adapters; as a CUDA graph "
+        "and compiled: [docs/cost.md](docs/cost.md). What is slower or worse is shown like the "
+        "rest; – is not measured. Shapes, work and verdicts of each: "
+        "[docs/variants.md](docs/variants.md)."
     )
 
 

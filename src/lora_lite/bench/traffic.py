@@ -1,6 +1,7 @@
 """The least that a method can cost by what its fused form must move and multiply, for judging what
 was measured: counted from the operations in `ops`, in bfloat16, forward and backward."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from lora_lite.bench.cost_rows import Row
@@ -10,6 +11,8 @@ BYTES = 2
 
 CEILINGS = {"NVIDIA H200": (4.3e12, 790e12)}
 """By device, bytes a second of a large copy and operations a second of a large product."""
+
+RANKS = ("r", "init_r", "lowrank_r")
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,14 @@ WORK: dict[str, Work] = {
 def work_of(row: Row) -> Work | None:
     """What a row's configuration adds; None for what is not counted."""
     known, hyper = WORK.get(row.variant), row.hyperparameters
-    if row.variant == "jora" and (hyper["core"] == "lowrank" or hyper["clip"] != "none"):
+    if row.variant != "jora":
+        return known
+    if hyper["clip"] != "none":
         return None
-    if row.variant == "jora" and hyper["magnitude"] != "none":
-        return Work(known.inputs, known.outputs + 2)
-    return known
+    known = LOW_RANK if hyper["core"] == "lowrank" else known
+    # A scale on the output is DoRA's.
+    more = 2 if hyper["magnitude"] != "none" else 0
+    return dataclasses.replace(known, outputs=known.outputs + more)
 
 
 def counted(row: Row) -> float | None:
@@ -82,7 +88,7 @@ def counted(row: Row) -> float | None:
     layers = [(width, width)] * 4 + [(width, inner)] * 2 + [(inner, width)]
     d_in, d_out = (sum(side) for side in zip(*layers))
     weights = sum(n * m for n, m in layers)
-    rank = row.hyperparameters.get("r") or row.hyperparameters.get("init_r") or 0
+    rank = next((row.hyperparameters[k] for k in RANKS if k in row.hyperparameters), 0)
     rank *= 2 if row.variant == "pissa" else 1
     moved = BYTES * (tokens * (work.inputs * d_in + work.outputs * d_out) + work.matrix * weights)
     done = 2 * tokens * rank * (work.narrow_in * d_in + work.narrow_out * d_out)

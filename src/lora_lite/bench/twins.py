@@ -21,10 +21,12 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Twin:
-    """PEFT's configuration, and `load(their layer, our tensors)`."""
+    """PEFT's configuration, and `load(their layer, our tensors)`. waits: whether a step makes the
+    host wait for the device, as a library's solve does."""
 
     config: Any
     load: Callable[[Any, Mapping[str, Tensor]], None]
+    waits: bool = False
 
 
 Builder = Callable[[Any, list[str]], Twin | None]
@@ -119,7 +121,8 @@ def oft(variant: Any, sites: list[str]) -> Twin | None:
     )
     # PEFT's exact rotation is the transpose of its series.
     sign = -1 if variant.exact else 1
-    return Twin(config, lambda theirs, ours: copy(theirs.oft_R[ADAPTER].weight, sign * ours["q"]))
+    load = lambda theirs, ours: copy(theirs.oft_R[ADAPTER].weight, sign * ours["q"])
+    return Twin(config, load, waits=variant.exact)
 
 
 @of("adalora")
@@ -207,7 +210,7 @@ def boft(variant: Any, sites: list[str]) -> Twin | None:
         copy(P, skew(ours["q"].detach(), P.shape[-1]))
         copy(theirs.boft_s[ADAPTER], ours["s"][:, None])
 
-    return Twin(config, load)
+    return Twin(config, load, waits=True)
 
 
 @of("vera")

@@ -61,7 +61,7 @@ DEFAULT = {
 @dataclass
 class Side:
     """A model that is timed, and what is known of it before. graph: its recorded step, if that is
-    what is timed."""
+    what is timed. waits: whether a step makes the host wait, and so can't be recorded."""
 
     name: str
     model: nn.Module
@@ -69,6 +69,7 @@ class Side:
     call: Callable[..., Any] = field(init=False)
     fullgraph: bool | None = None
     graph: torch.cuda.CUDAGraph | None = None
+    waits: bool = False
 
     def __post_init__(self) -> None:
         self.call = self.model
