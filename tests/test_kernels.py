@@ -158,6 +158,25 @@ def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
         agree(got[1], want[1], tolerance)
 
 
+def test_skinny_sums_over_many_tokens_of_one_program(monkeypatch):
+    from lora_lite.ops import skinny_kernels
+
+    monkeypatch.setattr(skinny_kernels, "PROGRAMS", 4)
+    T, n, r = 430, 300, 8
+    g, out, h = (random(T, k, dtype=HALF) for k in (n, n, r))
+    B, g_1 = random(n, r), random(n, scale=0.3)
+    for f, *args in (
+        (skinny.outer, h, g, B.T, True),
+        (skinny.down_and_outer, g, B, h, 2.0, torch.float32, r // 2, True),
+        (skinny.scaled_down_and_outer, g, out, B, h, g_1, 0.5, True, True),
+    ):
+        *got, squares = f(*args)
+        *want, _ = plain(monkeypatch, f, *args)
+        for y, x in zip(got, want, strict=True):
+            agree(y, x, ROUNDING[HALF])
+        agree(squares.parts.sum(0), g.double().square().sum(0), 1e-6)
+
+
 def test_skinny_products_take_strided_rows(monkeypatch):
     x = random(300, 80, dtype=HALF)[:, ::2]
     y = random(300, 80, dtype=HALF)[:, :40]
