@@ -106,9 +106,9 @@ def _both(
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
     dB = g.new_empty(splits, n, q, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
-    # A row a split: of dg, and behind it of the squares, where they are wanted.
-    more = scaled + energies
-    sums = g.new_empty(splits, more * n, dtype=torch.float32) if more else dp
+    # Of each split dg and the squares, of which either may not be wanted.
+    rows = scaled + energies
+    sums = g.new_empty(splits, rows * n, dtype=torch.float32) if rows else dp
     launch(
         _down_and_outer, (tiles, splits),
         g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
@@ -116,8 +116,8 @@ def _both(
         r, q, scaled, divide, energies, stages, block_t, block_n, block_rows(r),
         warps=8,
     )  # fmt: skip
-    dp, dB, *found = fold((dp, g.dtype), (dB, dtype), *[(sums, torch.float32)] * (more > 0))
-    found = list(found[0].split(n)) if more > 1 else found
+    dp, dB, *found = fold((dp, g.dtype), (dB, dtype), *[(sums, torch.float32)] * (rows > 0))
+    found = list(found[0].split(n)) if rows > 1 else found
     squares = Squares(found.pop()[None], T) if energies else None
     return du, dp, dB, *(dg.to(g_1.dtype) for dg in found), squares
 
@@ -375,8 +375,8 @@ def _down_and_outer(
         at, inside, of_h = t * n + i, (t < end) & (i < n), (t < end) & (q < r)
         h_tile = tl.load(h + t * r + q, mask=(t < end) & (q < width), other=0.0)
         for part in tl.static_range(1, r // width):
-            more = h + t * r + part * width + q
-            h_tile += tl.load(more, mask=(t < end) & (q < width), other=0.0)
+            at_part = h + t * r + part * width + q
+            h_tile += tl.load(at_part, mask=(t < end) & (q < width), other=0.0)
         g_tile = tl.load(g + at, mask=inside, other=0.0)
         if scaled:
             wide = g_tile.to(tl.float32)
@@ -388,8 +388,8 @@ def _down_and_outer(
         total = tl.dot(tl.trans(g_tile), h_tile, total)
         if energies:
             energy += _squares(g_tile, block_t, block_n)
-    more: tl.constexpr = scaled + energies
-    sums += split * more * n + i
+    rows: tl.constexpr = scaled + energies
+    sums += split * rows * n + i
     if energies:
         tl.store(sums + scaled * n, tl.sum(energy, 0), mask=i < n)
     if scaled:
