@@ -256,6 +256,15 @@ def test_a_compiled_model_that_runs_uncompiled_is_an_error(work, monkeypatch):
         measure(work, "lora", modes=("compiled",), r=4)
 
 
+def test_each_side_is_first_in_a_round(work, monkeypatch):
+    order = []
+    monkeypatch.setattr(cost, "_repeat", lambda side, *_: None)
+    monkeypatch.setattr(cost, "_timed", lambda side, work, n: order.append(side.name) or [1.0] * n)
+    sides = [Side(name, work.model) for name in "abc"]
+    assert cost._time(sides, work, 6) == [[1.0] * 8] * 3
+    assert "".join(order) == "abcbcacababc"
+
+
 def test_a_replayed_step_is_timed_without_memory(work, monkeypatch):
     """And where the host waits within a step of PEFT's none is recorded."""
     record, replayed = cost._record, []

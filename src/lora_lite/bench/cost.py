@@ -378,14 +378,17 @@ def _repeat(side: Side, work: Workload, steps: int) -> None:
 
 
 def _time(sides: Sequence[Side], work: Workload, steps: int) -> list[list[float]]:
-    """Milliseconds of at least `steps` steps of each side, in alternating rounds.
+    """Milliseconds of at least `steps` steps of each side, in alternating rounds, which begin with
+    one after the other: how warm a device is depends on who came before.
 
     On CUDA a step lasts from event to event on the stream, with the host running ahead as it does
     in training.
     """
     ms: list[list[float]] = [[] for _ in sides]
-    for _ in range(ROUNDS):
-        for side, times in zip(sides, ms):
+    turns = list(zip(sides, ms))
+    for turn in range(ROUNDS):
+        first = turn % len(turns)
+        for side, times in turns[first:] + turns[:first]:
             _repeat(side, work, 1)
             times += _timed(side, work, math.ceil(steps / ROUNDS))
     return ms
