@@ -7,9 +7,10 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import lora_lite as ll
-from lora_lite.ops import blocks, launch, skinny
+from lora_lite.ops import blocks, launch, low_rank, skinny
 from lora_lite.ops.low_rank import turn_low_rank
 from lora_lite.ops.reflections import reflections
+from lora_lite.ops.selection import Squares
 from lora_lite.shapes import unchecked
 from lora_lite.testing import close, move
 
@@ -222,6 +223,29 @@ def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, 
     with torch.no_grad():
         layer.eval()(x).sum()
     close(own["ema_col"].double(), seen * x.double().square().mean(0), 1e-5, "at rest")
+
+
+@pytest.mark.parametrize("magnitude", ["none", "oer_softmax"])
+def test_energies_of_the_low_rank_core_come_from_its_kernels(monkeypatch, magnitude):
+    """In float16 on a CPU, whose interpreter multiplies no bfloat16."""
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    hyper = J | dict(selection="topk_ema", magnitude=magnitude, core="lowrank", lowrank_r=3)
+    layer = adapted(24, 40, False, dtype, "jora", hyper).train()
+    x, g = (torch.randn(300, d, dtype=dtype, device=DEVICE) for d in (24, 40))
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    monkeypatch.setattr(low_rank, "accumulates_in", lambda x: True)
+    seen = []
+    variant = layer.adapters.default.variant
+    observe = type(variant).observe
+    monkeypatch.setattr(
+        type(variant), "observe", lambda v, x, g, **t: seen.append((x, g)) or observe(v, x, g, **t)
+    )
+    layer(x).backward(g)
+    ((of_x, of_g),) = seen
+    assert all(isinstance(squares, Squares) and squares.tokens == 300 for squares in (of_x, of_g))
+    own, share = layer.adapters.default.tensors(), 1 - variant.ema_beta
+    for key, t in (("ema_col", x), ("ema_row", g)):
+        close(own[key].double(), share * t.double().square().mean(0), 1e-5, key)
 
 
 def nodes(y):

@@ -276,6 +276,7 @@ def test_a_replayed_step_is_timed_without_memory(work, monkeypatch):
     eager = lambda side: work.forward(side).backward(work.y_grad)
 
     def fake(side, work):
+        assert side.call is side.model, "the eager step is what is recorded"
         if side.waits:
             record(side, work)
         side.graph = Recorded(side)
@@ -288,6 +289,13 @@ def test_a_replayed_step_is_timed_without_memory(work, monkeypatch):
     assert all("waits for the device" in row.missing[side] for side in cost_rows.PEFT_DTYPES)
     row = measure(work, "oft", modes=("graph", "eager"), block_size=4)
     assert row.peft_default is not None and row.ours.peak_mib > 0
+
+
+def test_recording_comes_after_compiling_as_well(work, without_inductor, monkeypatch):
+    called = []
+    monkeypatch.setattr(cost, "_record", lambda side, work: called.append(side.call))
+    measure(work, "lora", modes=("compiled", "graph"), with_peft=False, r=2)
+    assert not any(isinstance(call, torch._dynamo.OptimizedModule) for call in called) and called
 
 
 def test_a_weight_is_decomposed_once(monkeypatch):

@@ -294,16 +294,16 @@ def _prepare(side: Side, work: Workload, mode: str, warmup: int) -> None:
     whole, only `fullgraph` is set to False.
 
     Raises: what a step raises; AssertionError where a compiled model runs uncompiled;
-    Disagreement where a recorded step gives other gradients.
+    Disagreement where a recorded step gives the input another gradient.
     """
-    if mode != "graph":
-        side.graph = None
-    elif side.graph is None:
-        _record(side, work)
     if mode != "compiled":
         side.call, side.fullgraph = side.model, None
     elif side.fullgraph is None:
         side.call, side.fullgraph = torch.compile(side.model, fullgraph=True, dynamic=False), True
+    if mode != "graph":
+        side.graph = None
+    elif side.graph is None:
+        _record(side, work)
     try:
         _repeat(side, work, 1)
     except torch._dynamo.exc.Unsupported:

@@ -68,11 +68,11 @@ def work_of(row: Row) -> Work | None:
     known, hyper = WORK.get(row.variant), row.hyperparameters
     if row.variant != "jora":
         return known
-    if hyper["clip"] != "none":
+    if hyper["clip"] != "none" or hyper["core"] in ("selective", "coupled"):
         return None
     known = LOW_RANK if hyper["core"] == "lowrank" else known
     # A scale on the output is DoRA's.
-    more = 2 if hyper["magnitude"] != "none" else 0
+    more = 2 if hyper["magnitude"] != "none" and hyper["magnitude_on"] == "output" else 0
     return dataclasses.replace(known, outputs=known.outputs + more)
 
 

@@ -64,7 +64,8 @@ def add_low_rank(
 
     On CUDA the layer's own product accumulates onto the small one, forward and backward, so that
     the update makes no pass over the output or the input's gradient of its own; what W's observer
-    is shown is summed on the way. Keeps x where A trains or is observed, and A x.
+    is shown is summed on the way where kernels serve. Keeps x where A trains or x is observed, and
+    A x.
     """
     if (v is not None and v is not x) or not (own := accumulated(W, x)):
         return W(x) + low_rank(x if v is None else v, A, B, core)

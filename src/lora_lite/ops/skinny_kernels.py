@@ -106,9 +106,8 @@ def _both(
     dp = g.new_empty(tiles, T, r, dtype=torch.float32)
     dB = g.new_empty(splits, n, q, dtype=torch.float32)
     du = torch.empty_like(g) if scaled else g
-    # Of each split dg and the squares, of which either may not be wanted.
-    rows = scaled + energies
-    sums = g.new_empty(splits, rows * n, dtype=torch.float32) if rows else dp
+    wanted = scaled + energies  # dg and the squares, of each split
+    sums = g.new_empty(splits, wanted * n, dtype=torch.float32) if wanted else dp
     launch(
         _down_and_outer, (tiles, splits),
         g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
@@ -116,8 +115,8 @@ def _both(
         r, q, scaled, divide, energies, stages, block_t, block_n, block_rows(r),
         warps=8,
     )  # fmt: skip
-    dp, dB, *found = fold((dp, g.dtype), (dB, dtype), *[(sums, torch.float32)] * (rows > 0))
-    found = list(found[0].split(n)) if rows > 1 else found
+    dp, dB, *found = fold((dp, g.dtype), (dB, dtype), *[(sums, torch.float32)] * (wanted > 0))
+    found = list(found[0].split(n)) if wanted > 1 else found
     squares = Squares(found.pop()[None], T) if energies else None
     return du, dp, dB, *(dg.to(g_1.dtype) for dg in found), squares
 
@@ -388,8 +387,8 @@ def _down_and_outer(
         total = tl.dot(tl.trans(g_tile), h_tile, total)
         if energies:
             energy += _squares(g_tile, block_t, block_n)
-    rows: tl.constexpr = scaled + energies
-    sums += split * rows * n + i
+    wanted: tl.constexpr = scaled + energies
+    sums += split * wanted * n + i
     if energies:
         tl.store(sums + scaled * n, tl.sum(energy, 0), mask=i < n)
     if scaled:
