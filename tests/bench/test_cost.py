@@ -394,10 +394,15 @@ def test_the_least_that_a_step_can_cost_is_counted(lora):
             hyper = dataclasses.asdict(configure(name, **setting))
             other = dataclasses.replace(row, variant=name, hyperparameters=hyper)
             assert 1 < traffic.counted(other) < 1.5, name
-    unfused = dataclasses.asdict(configure("jora", clip="tanh"))
-    assert (
-        traffic.counted(dataclasses.replace(row, variant="jora", hyperparameters=unfused)) is None
-    )
+
+    def of_jora(**hyperparameters):
+        hyper = dataclasses.asdict(configure("jora", **hyperparameters))
+        return traffic.counted(dataclasses.replace(row, variant="jora", hyperparameters=hyper))
+
+    assert of_jora(clip="tanh") is None
+    assert of_jora(core="coupled", magnitude="none", t_stat=5) is None
+    assert of_jora(magnitude_on="delta") == of_jora(magnitude="none") < of_jora()
+    assert of_jora(core="lowrank", lowrank_r=8) < of_jora(core="lowrank", lowrank_r=64)
 
 
 def test_the_table_and_the_chart_come_from_the_rows(lora, tmp_path):

@@ -4,7 +4,7 @@ else. They have the rows of GPUs alone: a CPU's show that the benchmark runs."""
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lora_lite.bench.cost_rows import PEFT_DTYPES, TASK, Cost, Mode, Row, read
 from lora_lite.bench.traffic import counted
@@ -25,8 +25,8 @@ COLUMNS = (
     "PEFT (bf16)",
 )
 NONE = "–"
-MODES = get_args(Mode)
-TITLES = {"eager": "eager", "graph": "CUDA graph", "compiled": "compiled"}
+MODES: dict[Mode, str] = {"eager": "eager", "graph": "CUDA graph", "compiled": "compiled"}
+"""In the order of the table's columns, what each is called there."""
 
 Pair = dict[str, Row]
 """The rows of one method, by mode."""
@@ -39,8 +39,9 @@ def shown(found: Iterable[Row]) -> dict[str, dict[str, Pair]]:
     for row in found:
         if row.device_type == "cuda" and row.track == "all-linear" and not row.changes:
             out.setdefault(row.device, {}).setdefault(row.label, {})[row.mode] = row
-    rank = lambda pair: min(map(MODES.index, pair))
-    price = lambda pair: (rank(pair), pair[MODES[rank(pair)]].over_floor())
+    modes = list(MODES)
+    rank = lambda pair: min(map(modes.index, pair))
+    price = lambda pair: (rank(pair), pair[modes[rank(pair)]].over_floor())
     return {
         device: dict(sorted(methods.items(), key=lambda item: price(item[1])))
         for device, methods in out.items()
@@ -66,10 +67,11 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
     shape, versions = measured[0].shape, measured[0].versions
     floors = {mode: [row.floor for row in measured if row.mode == mode] for mode in MODES}
     ms = "; ".join(
-        f"{TITLES[mode]} {min(c.ms for c in costs):.1f} to {max(c.ms for c in costs):.1f} ms"
+        f"{MODES[mode]} {min(c.ms for c in costs):.1f} to {max(c.ms for c in costs):.1f} ms"
         for mode, costs in floors.items()
         if costs
     )
+    commits = ", ".join(sorted({str(row.commit) for row in measured}))
     peaks = [cost.peak_mib for cost in floors["eager"] if cost.peak_mib is not None]
     peak = f", {max(peaks):,.0f} MiB at its peak" if peaks else ""
     return (
@@ -83,7 +85,8 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         f"Frozen: {ms}{peak}. Median of "
         f"{min(row.steps for row in measured)} or more steps after warm-up, all sides in one "
         "process, in alternating rounds, on the same weights and adapter tensors, with outputs "
-        f"and gradients that agree. {device}, torch {versions['torch']}, PEFT {versions['peft']}. "
+        f"and gradients that agree, at commits {commits}. {device}, "
+        f"torch {versions['torch']}, PEFT {versions['peft']}. "
         "Yours: `just cost`."
     )
 
@@ -131,6 +134,7 @@ LONG = (
     "extra MiB",
     "saved MiB",
     "start, s",
+    "commit",
 )
 
 
@@ -144,7 +148,7 @@ def _long(found: Sequence[Row]) -> str:
             name = "frozen" if side == "floor" else NAMES[side]
             if cost is None:
                 if not row.missing[side].startswith("PEFT has no such"):
-                    lines.append(_line([what, row.mode, name, row.missing[side], *[""] * 5]))
+                    lines.append(_line([what, row.mode, name, row.missing[side], *[""] * 6]))
                 continue
             parts = " (in parts)" if cost.fullgraph is False else ""
             lines.append(
@@ -159,6 +163,7 @@ def _long(found: Sequence[Row]) -> str:
                         _number(None if side == "floor" else row.extra_mib(side), 0),
                         _number(cost.saved_mib, 0),
                         _number(cost.init_seconds, 2),
+                        str(row.commit),
                     ]
                 )
             )
@@ -222,7 +227,7 @@ def plot(devices: dict[str, dict[str, Pair]], path: Path) -> None:
         )
         for axis, (device, mode, measured) in zip(axes[0], panels):
             _bars(axis, measured, labels)
-            axis.set_title(f"{TITLES[mode]}, {device}", loc="left", fontsize=11)
+            axis.set_title(f"{MODES[mode]}, {device}", loc="left", fontsize=11)
         axes[0, 0].set_yticks(range(len(labels)), labels)
         axes[0, 0].invert_yaxis()
         figure.supxlabel(

@@ -13,6 +13,7 @@ CEILINGS = {"NVIDIA H200": (4.3e12, 790e12)}
 """By device, bytes a second of a large copy and operations a second of a large product."""
 
 RANKS = ("r", "init_r", "lowrank_r")
+"""What methods call the rank of their narrow products."""
 
 
 @dataclass(frozen=True)

@@ -201,9 +201,7 @@ class _AddLowRank(torch.autograd.Function):
         h = down(rows, A, scale)
         wanted = ctx.needs_input_grad[3] or observer is not None
         ctx.save_for_backward(rows if wanted else None, W, A, B, h)
-        ctx.scale = scale
-        if observer is not None:
-            ctx.observer = observer
+        ctx.scale, ctx.observer = scale, observer
         return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -211,7 +209,7 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
-        seen = hasattr(ctx, "observer")
+        seen = ctx.observer is not None
         dp, dB, g_squares = down_and_outer(dy, B, h, ctx.scale, B.dtype, energies=seen)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
         dA, x_squares = (None, None) if x is None else outer(dp, x, A, seen)
@@ -315,9 +313,7 @@ class _ScaledAddLowRank(torch.autograd.Function):
         h = down(rows, A, scale)
         y, out = scaled_up(rows @ W.T, h, B, g_1, b)
         ctx.save_for_backward(rows, W, A, B, h, g_1, out)
-        ctx.scale, ctx.biased = scale, b is not None
-        if observer is not None:
-            ctx.observer = observer
+        ctx.scale, ctx.biased, ctx.observer = scale, b is not None, observer
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -325,7 +321,7 @@ class _ScaledAddLowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h, g_1, out = ctx.saved_tensors
         shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
-        seen = hasattr(ctx, "observer")
+        seen = ctx.observer is not None
         du, dp, dB, dg, g_squares = scaled_down_and_outer(
             dy, out, B, h, g_1, ctx.scale, not ctx.biased, seen
         )

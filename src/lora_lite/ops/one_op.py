@@ -34,8 +34,8 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     Its forward takes what has an annotation among `KINDS`, then what has a default and stays out of
     the op. It may save its inputs, the same as rows of their last axis, its outputs, and tensors of
-    its own; what else it keeps on ctx are numbers and tuples of them. In the op ctx says that every
-    input needs a gradient.
+    its own; what else it keeps on ctx are numbers, tuples of them and None. In the op ctx says that
+    every input needs a gradient.
     """
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function.__name__).lower().strip("_")
     _, *parameters = inspect.signature(function.forward).parameters.values()

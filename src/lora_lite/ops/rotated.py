@@ -108,8 +108,7 @@ class _AddRotated(torch.autograd.Function):
             y.addmm_(rows, W.T)
         ctx.save_for_backward(rows, W, C, *left[:3], *right[:3], *turns[:3], s_1, keep)
         ctx.how = k_L, k_R, cayley, max_angle, on_output, keep is not None and b is None
-        if observer is not None:
-            ctx.observer = observer
+        ctx.observer = observer
         return y.view(*x.shape[:-1], n)
 
     @staticmethod
@@ -132,7 +131,7 @@ class _AddRotated(torch.autograd.Function):
             on_output,
             divide,
             ctx.needs_input_grad[0],
-            hasattr(ctx, "observer"),
+            ctx.observer is not None,
         )
         if energies is not None:
             ctx.observer(*energies)

@@ -66,9 +66,9 @@ def down_and_outer(
     q: int | None = None,
     energies: bool = False,
 ) -> tuple[Float[Tensor, "T r"], Float[Tensor, "n q"], Squares | None]:
-    """(scale · g B, gᵀ h in a dtype): what y = h Bᵀ, h = scale · p, gives back to p and to B; for a
-    B of parts q wide that differ from one another by constants, to each of them. And the squares
-    of g."""
+    """(scale · g B, gᵀ h in a dtype): what y = h Bᵀ, h = scale · p, gives back to p and to B; to
+    the q columns that all parts of B have in common but for a constant, the sum over the parts.
+    And the squares of g."""
     q = h.shape[1] if q is None else q
     if has_kernel(g, h.shape[1]):
         from lora_lite.ops import skinny_kernels
