@@ -162,6 +162,9 @@ def test_skinny_sums_over_many_tokens_of_one_program(monkeypatch):
     from lora_lite.ops import skinny_kernels
 
     monkeypatch.setattr(skinny_kernels, "PROGRAMS", 4)
+    for name in ("tiles_of_outer", "tiles_of_both"):
+        uncached = getattr(skinny_kernels, name).__wrapped__
+        monkeypatch.setattr(skinny_kernels, name, uncached)
     T, n, r = 430, 300, 8
     g, out, h = (random(T, k, dtype=HALF) for k in (n, n, r))
     B, g_1 = random(n, r), random(n, scale=0.3)

@@ -40,7 +40,7 @@ def kernel(monkeypatch):
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr("triton.runtime.driver", driver)
     monkeypatch.setattr(launch_module, "INTERPRETED", False)
-    for cache in ("_ready", "_parts"):
+    for cache in ("_ready", "_tensors"):
         monkeypatch.setattr(launch_module, cache, {})
     return Recorder()
 
@@ -49,13 +49,23 @@ def test_a_kernel_found_again_takes_addresses(kernel):
     x, y = torch.zeros(64), torch.zeros(64)
     launch(kernel, (3,), x, y, 40, 0.5, 16, warps=8)
     assert len(kernel.compiled) == 1 and not kernel.runs
-    launch(kernel, (2, 5), y, x, 41, 0.25, 16, warps=8)
+    launch(kernel, (2, 5), y, x, 40, 0.5, 16, warps=8)
     assert len(kernel.compiled) == 1
     expected = (2, 5, 1, 7, "function 1", "metadata 1", None, None, None)
-    assert kernel.runs == [(1, *expected, y.data_ptr(), x.data_ptr(), 41, 0.25, 16)]
+    assert kernel.runs == [(1, *expected, y.data_ptr(), x.data_ptr(), 40, 0.5, 16)]
 
 
-def test_what_triton_specialises_on_is_kept_apart(kernel):
+def test_what_is_known_is_bounded(kernel, monkeypatch):
+    """Of a batch's sizes there is no end."""
+    monkeypatch.setattr(launch_module, "MOST_READY", 3)
+    x = torch.zeros(64)
+    for n in [*range(10), 9]:
+        launch(kernel, (1,), x, x, n, 0.5, 16)
+        assert len(launch_module._ready) <= 3
+    assert len(kernel.compiled) == 10 and len(kernel.runs) == 1
+
+
+def test_other_arguments_are_kept_apart(kernel):
     x, y = torch.zeros(64), torch.zeros(64)
     usual = dict(x=x, y=y, n=40, scale=0.5, block=16)
     others = [
@@ -66,6 +76,7 @@ def test_what_triton_specialises_on_is_kept_apart(kernel):
         dict(n=48),
         dict(n=2**31),
         dict(n=40.0),
+        dict(scale=0.25),
         dict(block=32),
     ]
     for _repeat in range(2):

@@ -48,7 +48,10 @@ class Adapter(nn.Module):
         self.site, self.variant, self.attachment = site, variant, attachment
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
-        self.prepares = type(variant).prepare is not Variant.prepare
+        self.prepares, self.observes = (
+            type(variant).prepare is not Variant.prepare,
+            variant.observes,
+        )
         self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
         self.alone = not any(shared for _, shared in self.keys)
         for key, tensor in tensors.items():
@@ -59,8 +62,7 @@ class Adapter(nn.Module):
         """All tensors of the method at this layer, shared ones included, by their names."""
         if self.alone:
             # As getattr finds them, at less cost to the host.
-            own, frozen = self._parameters, self._buffers
-            return {key: own[key] if key in own else frozen[key] for key, _ in self.keys}
+            return {**self._parameters, **self._buffers}
         return {
             key: getattr(self.attachment.shared if shared else self, key)
             for key, shared in self.keys
@@ -92,7 +94,7 @@ class Adapter(nn.Module):
                 tensors_in = variant.prepare(W, **cast(tensors, wide))
         if variant.casts:
             tensors_in = cast(tensors_in, dtype)
-        if self.training and variant.observes and torch.is_grad_enabled():
+        if self.observes and self.training and torch.is_grad_enabled():
             frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
             W.observer = functools.partial(variant.observe, **frozen)
         if self.strength != 1:

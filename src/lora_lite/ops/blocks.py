@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import ops_serve
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels, ops_serve
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 MOST_COLUMNS = 64
 
@@ -18,7 +17,7 @@ def block_rows(
 ) -> Float[Tensor, "*batch d"]:
     """x blockdiag(R_1, …, R_n), x in rows, d = n·b; a single block (n = 1) serves all."""
     if has_kernel(x, R.shape[-1]):
-        return _butterflies(x, for_all(R, x)[None], 0, False, False)
+        return _butterflies(x, for_all(R, x), 0, False, False)
     return torch.einsum("...nb,nbc->...nc", in_blocks(x, R), R).flatten(-2)
 
 
@@ -27,7 +26,7 @@ def block_columns(
 ) -> Float[Tensor, "*batch d"]:
     """blockdiag(R_1, …, R_n) x: the transposed product."""
     if has_kernel(x, R.shape[-1]):
-        return _butterflies(x, for_all(R, x)[None], 0, False, True)
+        return _butterflies(x, for_all(R, x), 0, False, True)
     return block_rows(x, R.mT)
 
 
@@ -36,9 +35,7 @@ def block_columns_forward(
 ) -> Float[Tensor, "T d"]:
     """The same within an autograd function, a block for each b columns, in x's dtype."""
     if has_kernel(x, R.shape[-1]):
-        from lora_lite.ops import blocks_kernels
-
-        return blocks_kernels.butterflies(x.contiguous(), R.contiguous()[None], 0, False, True)
+        return kernels("blocks").butterflies(x.contiguous(), R.contiguous(), 0, False, True)
     return block_rows(x, R.mT.to(x.dtype))
 
 
@@ -47,12 +44,9 @@ def block_columns_backward(
 ) -> tuple[Float[Tensor, "T d"], Float[Tensor, "n b b"]]:
     """(dx, dR), what it gives back."""
     if has_kernel(x, R.shape[-1]):
-        from lora_lite.ops import blocks_kernels
-
-        dx, dR = blocks_kernels.butterflies_backward(
-            dy.contiguous(), x.contiguous(), R.contiguous()[None], 0, False, True
+        return kernels("blocks").butterflies_backward(
+            dy.contiguous(), x.contiguous(), R.contiguous(), 0, False, True
         )
-        return dx, dR[0]
     dR = torch.einsum("tnb,tnc->nbc", in_blocks(dy, R), in_blocks(x, R))
     return block_rows(dy, R.to(dy.dtype)), dR.to(R.dtype)
 
@@ -61,7 +55,9 @@ def add_block_rows(
     x: Float[Tensor, "*batch d"], R: Float[Tensor, "n b b"]
 ) -> Float[Tensor, "*batch d"]:
     """x + x blockdiag(R_1, …, R_n): what is small in R stays exact beside the identity."""
-    return add_butterflies(x, for_all(R, x)[None])
+    if has_kernel(x, R.shape[-1]):
+        return _butterflies(x, for_all(R, x), 0, True, False)
+    return x + block_rows(x, R.to(x.dtype))
 
 
 def add_butterflies(
@@ -74,8 +70,8 @@ def add_butterflies(
     """
     m, b = len(R), R.shape[-1]
     if has_kernel(x, b):
-        near = min(m, levels_of_a_tile(b))
-        low, *far = R.split([near] + [1] * (m - near))
+        near = levels_of_a_tile(b)
+        low, *far = R.split([near] + [1] * (m - near)) if m > near else [R]
         for i in reversed(range(near, m)):
             x = _butterflies(x, far[i - near], i, True, False)
         return _butterflies(x, low, 0, True, False)
@@ -94,7 +90,8 @@ def in_blocks(
 
 def for_all(R: Float[Tensor, "k b b"], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "n b b"]:
     """A block for each b columns of x."""
-    return R.expand(x.shape[-1] // R.shape[-1], -1, -1)
+    n = x.shape[-1] // R.shape[-1]
+    return R if R.shape[0] == n else R.expand(n, -1, -1)
 
 
 def levels_of_a_tile(b: int) -> int:
@@ -118,26 +115,22 @@ def has_kernel(x: Tensor, b: int) -> bool:
 
 
 class _Butterflies(torch.autograd.Function):
-    """R's levels, the first of which is `level`; without `plus` x alone is left out; `turned` takes
-    each block's transpose."""
+    """R's levels, or its only one, the first of which is `level`; without `plus` x alone is left
+    out; `turned` takes each block's transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor, level: int, plus: bool, turned: bool) -> Tensor:
-        from lora_lite.ops import blocks_kernels
-
         rows, R = x.reshape(-1, x.shape[-1]).contiguous(), R.contiguous()
         ctx.save_for_backward(rows, R)
         ctx.how = level, plus, turned
-        return blocks_kernels.butterflies(rows, R, *ctx.how).view(x.shape)
+        return kernels("blocks").butterflies(rows, R, *ctx.how).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from lora_lite.ops import blocks_kernels
-
         x, R = ctx.saved_tensors
         rows = dy.reshape(x.shape).contiguous()
-        dx, dR = blocks_kernels.butterflies_backward(rows, x, R, *ctx.how)
+        dx, dR = kernels("blocks").butterflies_backward(rows, x, R, *ctx.how)
         return dx.view(dy.shape), dR, None, None, None
 
 

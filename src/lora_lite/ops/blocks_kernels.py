@@ -17,8 +17,8 @@ PROGRAMS = 264
 
 
 def butterflies(x: Tensor, R: Tensor, level: int, plus: bool, turned: bool) -> Tensor:
-    """x (I + B_{m−1}) ⋯ (I + B_0), or less I without `plus`, `level` that of B_0; `turned` with
-    each block's transpose in its place."""
+    """x (I + B_{m−1}) ⋯ (I + B_0), or less I without `plus`, `level` that of B_0, which may stand
+    alone; `turned` with each block's transpose in its place."""
     (T, d), sizes = x.shape, tile(R, level)
     y = torch.empty_like(x)
     block_t = 128
@@ -46,13 +46,13 @@ def butterflies_backward(
         dy, x, R, dx, dR, T, d, tokens,
         *sizes, plus, turned, MOST_COLUMNS, block_t,
     )  # fmt: skip
-    return dx, dR.sum(0).to(R.dtype)
+    return dx, (dR[0] if splits == 1 else dR.sum(0)).to(R.dtype)
 
 
 def tile(R: Tensor, level: int) -> tuple[int, ...]:
     """(columns that a tile fills, b, levels, halves between those of the last level's blocks in x,
     and in the tile)."""
-    m, _, b, _ = R.shape
+    m, b = R.shape[0] if R.ndim == 4 else 1, R.shape[-1]
     far = 2 ** (level + m - 1)
     near = min(far, 2 ** (levels_of_a_tile(b) - 1))
     width = MOST_COLUMNS // (near * b) * (near * b) if near == far else near * b

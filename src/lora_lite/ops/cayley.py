@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import ops_serve
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels, ops_serve
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 MOST_COLUMNS = 64
 
@@ -56,9 +55,7 @@ def has_kernel(q: Tensor, b: int) -> bool:
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, b: int, terms: int | None) -> Tensor:
-        from lora_lite.ops import cayley_kernels
-
-        R_1, X = cayley_kernels.rotation(q.contiguous(), b, terms)
+        R_1, X = kernels("cayley").rotation(q.contiguous(), b, terms)
         ctx.save_for_backward(q if X is None else X)
         ctx.terms = terms
         return R_1
@@ -66,9 +63,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None]:
-        from lora_lite.ops import cayley_kernels
-
-        return cayley_kernels.backward(G.contiguous(), *ctx.saved_tensors, ctx.terms), None, None
+        return kernels("cayley").backward(G.contiguous(), *ctx.saved_tensors, ctx.terms), None, None
 
 
 _rotation = one_op(_Rotation)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_lite.ops.blocks import block_columns, block_columns_backward, block_columns_forward
 from lora_lite.ops.cayley import cayley
 from lora_lite.ops.cayley import has_kernel as has_rotation_kernel
 from lora_lite.ops.gates import gate_backward, gate_forward
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 Core = Float[Tensor, "q r"] | Float[Tensor, "n b b"] | Float[Tensor, " r"]
 
@@ -85,9 +85,7 @@ class _TurnedShift(torch.autograd.Function):
         b: int,
         L: float,
     ) -> Tensor:
-        from lora_lite.ops import cores_kernels
-
-        core, X_U, X_V = cores_kernels.turned_shift(S, delta, P_U, P_V, b, L)
+        core, X_U, X_V = kernels("cores").turned_shift(S, delta, P_U, P_V, b, L)
         ctx.save_for_backward(S, delta, P_U, P_V, X_U, X_V)
         ctx.L = L
         return core
@@ -95,9 +93,7 @@ class _TurnedShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        from lora_lite.ops import cores_kernels
-
-        found = cores_kernels.turned_shift_backward(G, *ctx.saved_tensors, ctx.L)
+        found = kernels("cores").turned_shift_backward(G, *ctx.saved_tensors, ctx.L)
         return None, *found, None, None
 
 

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import ops_serve
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels, ops_serve
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 
 def oer_softmax(
@@ -51,9 +50,7 @@ def has_kernel(g: Tensor) -> bool:
 class _OER(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, norms: Tensor, temperature: float) -> Tensor:
-        from lora_lite.ops import energy_kernels
-
-        s_1, p = energy_kernels.oer_softmax(g, norms, temperature)
+        s_1, p = kernels("energy").oer_softmax(g, norms, temperature)
         ctx.save_for_backward(s_1, p)
         ctx.temperature = temperature
         return s_1
@@ -61,9 +58,7 @@ class _OER(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor) -> tuple[Tensor, None, None]:
-        from lora_lite.ops import energy_kernels
-
-        dg = energy_kernels.oer_softmax_backward(ds, *ctx.saved_tensors, ctx.temperature)
+        dg = kernels("energy").oer_softmax_backward(ds, *ctx.saved_tensors, ctx.temperature)
         return dg, None, None
 
 

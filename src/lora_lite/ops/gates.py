@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.ops.launch import kernels_serve, ops_serve
+from lora_lite.ops.launch import kernels, kernels_serve, ops_serve
 from lora_lite.ops.one_op import one_op
 
 
@@ -24,9 +24,7 @@ def gate(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, 
 def gate_forward(z: Float[Tensor, "*batch d"], g: Float[Tensor, " d"]) -> Float[Tensor, "*batch d"]:
     """The same within an autograd function."""
     if has_kernel(z):
-        from lora_lite.ops import gates_kernels
-
-        return gates_kernels.gate(z, g)
+        return kernels("gates").gate(z, g)
     return _gated(z, g)
 
 
@@ -35,9 +33,7 @@ def gate_backward(
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"]]:
     """(dz, dg), what it gives back."""
     if has_backward_kernel(z):
-        from lora_lite.ops import gates_kernels
-
-        return gates_kernels.gate_backward(dy, z, g)
+        return kernels("gates").gate_backward(dy, z, g)
     dy = dy.to(torch.promote_types(z.dtype, g.dtype))
     return (g * dy).to(z.dtype), _over_tokens(dy * z, g)
 
@@ -109,18 +105,14 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, c: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(z, c, s)
         if has_kernel(z):
-            from lora_lite.ops import gates_kernels
-
-            return gates_kernels.turn(z, c, s)
+            return kernels("gates").turn(z, c, s)
         return _turned(z, c, s)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, c, s = ctx.saved_tensors
         if has_backward_kernel(z):
-            from lora_lite.ops import gates_kernels
-
-            return gates_kernels.turn_backward(dy, z, c, s)
+            return kernels("gates").turn_backward(dy, z, c, s)
         dy = dy.to(torch.promote_types(z.dtype, c.dtype))
         u, dy = (t.unflatten(-1, (-1, 2, c.shape[-1])) for t in (z, dy))
         dz = (c * dy - quarter_turn(s * dy)).flatten(-3).to(z.dtype)
@@ -133,18 +125,14 @@ _turn = one_op(_Turn)
 class _Polar(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        from lora_lite.ops import gates_kernels
-
         ctx.save_for_backward(alpha, theta)
-        return gates_kernels.polar(alpha, theta)
+        return kernels("gates").polar(alpha, theta)
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-        from lora_lite.ops import gates_kernels
-
         if torch.is_grad_enabled():
             return torch.func.vjp(_polar, *ctx.saved_tensors)[1]((dc, ds))
-        return gates_kernels.polar_backward(dc, ds, *ctx.saved_tensors)
+        return kernels("gates").polar_backward(dc, ds, *ctx.saved_tensors)
 
 
 def _over_tokens(products: Tensor, like: Tensor) -> Tensor:

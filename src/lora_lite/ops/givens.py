@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import kernels_serve, ops_serve
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels, kernels_serve, ops_serve
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 MOST_COLUMNS = 256
 """Of a factor whose rows a launch turns."""
@@ -110,9 +109,7 @@ class _RotationTables(torch.autograd.Function):
         cayley: bool,
         max_angle: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from lora_lite.ops import givens_kernels
-
-        c, s, p = givens_kernels.tables([(theta, pairs, active, k)], [d], cayley, max_angle)
+        c, s, p = kernels("givens").tables([(theta, pairs, active, k)], [d], cayley, max_angle)
         ctx.save_for_backward(theta, pairs, active)
         ctx.how = k, d, cayley, max_angle
         ctx.mark_non_differentiable(p)
@@ -121,11 +118,9 @@ class _RotationTables(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dc: Tensor, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        from lora_lite.ops import givens_kernels
-
         k, d, *how = ctx.how
         side = *ctx.saved_tensors, k
-        (dtheta,) = givens_kernels.tables_backward(dc, ds, [side], [d], d, *how)
+        (dtheta,) = kernels("givens").tables_backward(dc, ds, [side], [d], d, *how)
         return dtheta, *[None] * 6
 
 
@@ -141,19 +136,15 @@ class _TurnedBack(torch.autograd.Function):
         cayley: bool,
         max_angle: float,
     ) -> Tensor:
-        from lora_lite.ops import givens_kernels
-
         A = A.contiguous()
         ctx.save_for_backward(A, theta, pairs, active)
         ctx.how = k, cayley, max_angle
-        return givens_kernels.turned_back(A, theta, pairs, active, *ctx.how)
+        return kernels("givens").turned_back(A, theta, pairs, active, *ctx.how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        from lora_lite.ops import givens_kernels
-
-        found = givens_kernels.turned_back_backward(G.contiguous(), *ctx.saved_tensors, *ctx.how)
+        found = kernels("givens").turned_back_backward(G.contiguous(), *ctx.saved_tensors, *ctx.how)
         return *found, *[None] * 5
 
 
@@ -167,11 +158,9 @@ class _ApplyPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Tensor:
         if has_kernel(x):
-            from lora_lite.ops import givens_kernels
-
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             ctx.save_for_backward(rows, c, s, p)
-            return givens_kernels.apply_pairs(rows, c, s, p).view(x.shape)
+            return kernels("givens").apply_pairs(rows, c, s, p).view(x.shape)
         ctx.save_for_backward(x, c, s, p)
         c, s = c.to(x.dtype), s.to(x.dtype)
         return c * x + s * x[..., p]
@@ -181,10 +170,8 @@ class _ApplyPairs(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, c, s, p = ctx.saved_tensors
         if has_kernel(x):
-            from lora_lite.ops import givens_kernels
-
             rows = g.reshape(x.shape).contiguous()
-            dx, dc, ds = givens_kernels.apply_pairs_backward(rows, x, c, s, p)
+            dx, dc, ds = kernels("givens").apply_pairs_backward(rows, x, c, s, p)
             return dx.view(g.shape), dc, ds, None
         own_c, own_s = c.to(x.dtype), s.to(x.dtype)
         # p is its own inverse.

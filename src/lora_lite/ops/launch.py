@@ -1,22 +1,27 @@
 """Launching Triton kernels at little cost to the host."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache, wraps
+from importlib import import_module
 from inspect import signature
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 INTERPRETED = False
 """Whether kernels run on the CPU too, by Triton's interpreter (TRITON_INTERPRET=1): for tests."""
 
 _ready: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-_parts: dict[int, tuple[int, int]] = {}
+_tensors: dict[int, int] = {}
 _dtype = attrgetter("dtype")
-LARGEST_INT32 = 2**31 - 1
+MOST_READY = 2**14
+"""Launches that are known at a time: of kernels, dtypes, and numbers, which sizes are among."""
+
 _launching = True
 
 
@@ -28,6 +33,24 @@ def ops_serve(t: Tensor) -> bool:
 def kernels_serve(t: Tensor) -> bool:
     """Whether kernels take the tensor here: outside such an op the compiler fuses plain forms."""
     return ops_serve(t) and (not _launching or not torch.compiler.is_compiling())
+
+
+@cache
+def kernels(name: str) -> Any:
+    """The module of an op's kernels, which needs Triton."""
+    return import_module(f"lora_lite.ops.{name}_kernels")
+
+
+def known_again(f: Callable[..., T]) -> Callable[..., T]:
+    """f of numbers alone, which keeps its last results. Without launches it does not, as sizes may
+    then be symbols."""
+    kept = lru_cache(1024)(f)
+
+    @wraps(f)
+    def known(*args: Any) -> T:
+        return kept(*args) if _launching else f(*args)
+
+    return known
 
 
 @contextmanager
@@ -45,13 +68,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
     """Run `kernel[grid](*args)` where its first tensor lies: args are tensors, then numbers, then
     constants.
 
-    What Triton compiles anew for is looked up by: dtypes and alignments, what it knows of numbers,
-    and constants. What is found takes bare addresses: for each tensor Triton would ask the driver
-    where it lies. Launch hooks are not called.
+    What Triton compiles anew for is looked up by dtypes, alignments and the other arguments as they
+    are; it is asked for what is not found, and knows again what differs in no way that counts. What
+    is found takes bare addresses: for each tensor Triton would ask the driver where it lies. Launch
+    hooks are not called.
     """
     if not _launching:
         return
-    t, n = _parts.get(id(kernel)) or _parts_of(kernel, args)
+    tensors = _tensors.get(id(kernel)) or _tensors_of(kernel, args)
     if INTERPRETED:
         kernel[grid](*args, num_warps=warps, num_stages=stages)
         return
@@ -59,12 +83,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(kernel, grid, *args, warps=warps, stages=stages)
-    tensors, numbers = args[:t], args[t:n]
-    pointers = [*map(Tensor.data_ptr, tensors)]
+    pointers, others = [t.data_ptr() for t in args[:tensors]], args[tensors:]
     key = (
-        id(kernel), index, warps, stages, args[n:],
-        *map(_dtype, tensors), *[p & 15 for p in pointers],
-        *map(type, numbers), *[1 if x == 1 else (x % 16 == 0, x > LARGEST_INT32) for x in numbers],
+        id(kernel), index, warps, stages, others, *map(type, others),
+        *map(_dtype, args[:tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
     found = _ready.get(key)
     if found is None:
@@ -72,15 +94,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
 
         compiled = kernel[grid](*args, num_warps=warps, num_stages=stages)
         stream = driver.active.get_current_stream
+        if len(_ready) == MOST_READY:
+            _ready.clear()
         _ready[key] = compiled.run, compiled.function, compiled.packed_metadata, stream
         return
     run, function, metadata, stream = found
     y = grid[1] if len(grid) > 1 else 1
-    run(grid[0], y, 1, stream(index), function, metadata, None, None, None, *pointers, *args[t:])
+    run(grid[0], y, 1, stream(index), function, metadata, None, None, None, *pointers, *others)
 
 
-def _parts_of(kernel: Any, args: tuple[Any, ...]) -> tuple[int, int]:
-    """How many of a kernel's arguments are tensors, and how many are no constants."""
+def _tensors_of(kernel: Any, args: tuple[Any, ...]) -> int:
+    """How many of a kernel's arguments are tensors."""
     from triton.language import constexpr
 
     kinds = [
@@ -88,8 +112,8 @@ def _parts_of(kernel: Any, args: tuple[Any, ...]) -> tuple[int, int]:
         for p, arg in zip(signature(kernel.fn).parameters.values(), args, strict=True)
     ]
     assert kinds == sorted(kinds), f"arguments of {kernel.fn.__name__} are out of order"
-    _parts[id(kernel)] = kinds.count(0), kinds.count(0) + kinds.count(1)
-    return _parts[id(kernel)]
+    _tensors[id(kernel)] = kinds.count(0)
+    return _tensors[id(kernel)]
 
 
 @cache

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
 from lora_lite.ops import launch
@@ -17,9 +17,10 @@ from lora_lite.ops.cores import (
     core_columns_backward,
     core_columns_forward,
 )
-from lora_lite.ops.launch import ops_serve
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels, ops_serve
+from lora_lite.ops.one_op import once_differentiable, one_op
 from lora_lite.ops.skinny import (
+    LEAST_TOKENS,
     down,
     down_and_outer,
     outer,
@@ -71,6 +72,8 @@ def add_low_rank(
         return W(x) + low_rank(x if v is None else v, A, B, core)
     if isinstance(core, Tensor):
         return _add_core(x, *own, A, B, core)
+    if not torch.compiler.is_compiling() and x.numel() < LEAST_TOKENS * x.shape[-1]:
+        return _add_low_rank_of_few(x, *own, A, B, core)
     return _add_low_rank(x, *own, A, B, core, taken_over(W))
 
 
@@ -185,6 +188,22 @@ def accumulates_in(x: Tensor) -> bool:
     return usual and ops_serve(x)
 
 
+def _add_low_rank_of_few(
+    x: Float[Tensor, "*batch d_in"],
+    W: Float[Tensor, "d_out d_in"],
+    b: Float[Tensor, " d_out"] | None,
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    scale: float,
+) -> Float[Tensor, "*batch d_out"]:
+    """_AddLowRank for few tokens, where all that counts is how many calls the host makes, and
+    autograd's own nodes cost it less."""
+    rows = x.reshape(-1, x.shape[-1])
+    h = rows @ A.to(x.dtype).T
+    y = torch.addmm(F.linear(rows, W, b), h, B.to(x.dtype).T, alpha=scale)
+    return y.view(*x.shape[:-1], W.shape[0])
+
+
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -202,13 +221,13 @@ class _AddLowRank(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3] or observer is not None
         ctx.save_for_backward(rows if wanted else None, W, A, B, h)
         ctx.scale, ctx.observer = scale, observer
-        return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+        return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
-        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
+        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, W.shape[0])
         seen = ctx.observer is not None
         dp, dB, g_squares = down_and_outer(dy, B, h, ctx.scale, B.dtype, energies=seen)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
@@ -231,24 +250,20 @@ class _AddLowRankChange(torch.autograd.Function):
         B0: Tensor,
         scale: float,
     ) -> Tensor:
-        from lora_lite.ops import skinny_kernels
-
         rows = x.reshape(-1, x.shape[-1])
-        A_2, B_2 = skinny_kernels.change(A, B, A0, B0, x.dtype)
+        A_2, B_2 = kernels("skinny").change(A, B, A0, B0, x.dtype)
         h = down(rows, A_2, scale)
         # The factors are made again in backward: kept, they would be as large as A and B.
         ctx.save_for_backward(rows, W, A, B, A0, B0, h)
         ctx.scale = scale
-        return up(h, B_2, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+        return up(h, B_2, b).addmm_(rows, W.T).view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from lora_lite.ops import skinny_kernels
-
         x, W, A, B, A0, B0, h = ctx.saved_tensors
-        shape, dy, r = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W)), len(A)
-        A_2, B_2 = skinny_kernels.change(A, B, A0, B0, x.dtype)
+        shape, dy, r = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, W.shape[0]), len(A)
+        A_2, B_2 = kernels("skinny").change(A, B, A0, B0, x.dtype)
         # Both parts of B_2 are B but for a constant.
         dp, dB, _ = down_and_outer(dy, B_2, h, ctx.scale, B.dtype, r)
         dx = up(dp, A_2.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
@@ -266,13 +281,13 @@ class _AddCore(torch.autograd.Function):
         p = rows @ A.T
         ctx.save_for_backward(p, W, A, B, core)
         h = core_columns_forward(p, core)
-        return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], len(W))
+        return up(h, B, b).addmm_(rows, W.T).view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         p, W, A, B, core = ctx.saved_tensors
-        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
+        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, W.shape[0])
         dp, dcore = core_columns_backward(dy @ B, p, core)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, dcore
@@ -314,13 +329,13 @@ class _ScaledAddLowRank(torch.autograd.Function):
         y, out = scaled_up(rows @ W.T, h, B, g_1, b)
         ctx.save_for_backward(rows, W, A, B, h, g_1, out)
         ctx.scale, ctx.biased, ctx.observer = scale, b is not None, observer
-        return y.view(*x.shape[:-1], len(W))
+        return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h, g_1, out = ctx.saved_tensors
-        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, len(W))
+        shape, dy = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, W.shape[0])
         seen = ctx.observer is not None
         du, dp, dB, dg, g_squares = scaled_down_and_outer(
             dy, out, B, h, g_1, ctx.scale, not ctx.biased, seen

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
-from lora_lite.ops.launch import ops_serve
+from lora_lite.ops.launch import kernels, ops_serve
 from lora_lite.ops.one_op import one_op
 from lora_lite.ops.skinny import MOST_ROWS
 
@@ -62,9 +62,7 @@ def low_rank_row_norms(
 class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, B: Tensor, A: Tensor, norms: Tensor, scale: float) -> Tensor:
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.row_norms(W, B, A, scale, norms)
+        return kernels("skinny").row_norms(W, B, A, scale, norms)
 
 
 _row_norms = one_op(_RowNorms)

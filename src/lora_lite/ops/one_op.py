@@ -9,7 +9,7 @@ import re
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -113,6 +113,17 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return made[0] if count == 1 else tuple(made)
 
     return call
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's own, which costs the host nothing where no graph is made of the backward pass."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
 
 
 @cache

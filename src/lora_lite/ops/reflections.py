@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_lite.ops.launch import ops_serve
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.launch import kernels, ops_serve
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 MOST_COLUMNS = 64
 
@@ -45,19 +44,15 @@ def has_kernel(U: Tensor) -> bool:
 class _Reflections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, U: Tensor) -> tuple[Tensor, Tensor]:
-        from lora_lite.ops import reflections_kernels
-
         U = U.contiguous()
-        A, B, *kept = reflections_kernels.reflections(U)
+        A, B, *kept = kernels("reflections").reflections(U)
         ctx.save_for_backward(U, *kept)
         return A, B
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dA: Tensor, dB: Tensor) -> Tensor:
-        from lora_lite.ops import reflections_kernels
-
-        return reflections_kernels.backward(dA, dB, *ctx.saved_tensors)
+        return kernels("reflections").backward(dA, dB, *ctx.saved_tensors)
 
 
 _reflections = one_op(_Reflections)

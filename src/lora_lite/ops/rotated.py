@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_lite.base import LinearBase
 from lora_lite.ops.blocks import MOST_COLUMNS, block_columns
 from lora_lite.ops.givens import Rotation, apply_pairs, rotation_tables
+from lora_lite.ops.launch import kernels
 from lora_lite.ops.low_rank import accumulated, scaled, taken_over
-from lora_lite.ops.one_op import one_op
+from lora_lite.ops.one_op import once_differentiable, one_op
 
 
 def rotated(
@@ -94,15 +94,13 @@ class _AddRotated(torch.autograd.Function):
         on_output: bool,
         observer: Callable[..., None] | None = None,
     ) -> Tensor:
-        from lora_lite.ops import rotated_kernels
-
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         left, right = (theta_L, pairs_L, active_L, k_L), (theta_R, pairs_R, active_R, k_R)
         n, m = W.shape
-        turns = rotated_kernels.turns(left, right, C, n, m, cayley, max_angle)
+        turns = kernels("rotated").turns(left, right, C, n, m, cayley, max_angle)
         scales = s_1 is not None and on_output
         z = rows @ W.T if scales else None
-        y, u = rotated_kernels.forward(z, rows, C, turns, s_1, b, on_output, n)
+        y, u = kernels("rotated").forward(z, rows, C, turns, s_1, b, on_output, n)
         keep = None if not scales else y if b is None else u
         if not scales:
             y.addmm_(rows, W.T)
@@ -114,19 +112,17 @@ class _AddRotated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from lora_lite.ops import rotated_kernels
-
         x, W, C, *tensors, c, s, p, s_1, out = ctx.saved_tensors
         k_L, k_R, cayley, max_angle, on_output, divide = ctx.how
         left, right = (*tensors[:3], k_L), (*tensors[3:], k_R)
         shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, len(W)).contiguous()
         # With s on the output du = s ⊙ dy; with s on Δ alone du is dy.
-        du, dx, dC, ds, of_tables, energies = rotated_kernels.backward(
+        du, dx, dC, ds, of_tables, energies = kernels("rotated").backward(
             dy,
             dy if out is None else out,
             x,
             C,
-            rotated_kernels.turns_of(left, right, C, c, s, p),
+            kernels("rotated").turns_of(left, right, C, c, s, p),
             s_1,
             on_output,
             divide,
@@ -136,7 +132,9 @@ class _AddRotated(torch.autograd.Function):
         if energies is not None:
             ctx.observer(*energies)
         sizes = len(W), len(C)
-        angles = rotated_kernels.angles_backward(of_tables, left, right, *sizes, cayley, max_angle)
+        angles = kernels("rotated").angles_backward(
+            of_tables, left, right, *sizes, cayley, max_angle
+        )
         if dx is not None:
             dx = dx.addmm_(du, W).view(shape)
         of_left, of_right = ((angle, None, None, None) for angle in angles)

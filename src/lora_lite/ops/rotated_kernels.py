@@ -150,14 +150,16 @@ def backward(
         *((rows, whole) if narrow else (whole, MOST_COLUMNS, rows)),
         warps=2 if narrow else 4,
     )  # fmt: skip
-    wide, parts = torch.float32, [dC_parts]
-    parts += [ds_parts] * scaled + [squares] * energies
-    dC, *found = fold(*((part, wide) for part in parts))
-    ds, of_tables = found[0] if scaled else None, None
-    energy = None
+    wide, of_tables, energy = torch.float32, None, None
+    dC = dy.new_empty(q, width, dtype=wide)
+    ds = dy.new_empty(n, dtype=wide) if scaled else None
+    sums = [(dC_parts, dC)] + [(ds_parts, ds)] * scaled
     if energies:
-        g_squares, x_squares = found[-1].view(1, -1).split((n, m), 1)
+        total = dy.new_empty(1, n + m, dtype=wide)
+        sums.append((squares, total))
+        g_squares, x_squares = total.split((n, m), 1)
         energy = Squares(x_squares, T), Squares(g_squares, T)
+    fold(*sums)
     if E_L + E_R:
         tile, affected = tile_of(width), turns.affected(width)
         columns = cdiv(affected, tile[1])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import kernels, kernels_serve
 
 
 def mean_square(x: Float[Tensor, "*batch d"]) -> Float32[Tensor, " d"]:
@@ -32,9 +32,7 @@ def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
     isn't finite is left out."""
     x = samples[0][1]
     if isinstance(x, Squares) or kernels_serve(x) and x.dtype != torch.float64:
-        from lora_lite.ops import selection_kernels
-
-        selection_kernels.ema_(samples, beta)
+        kernels("selection").ema_(samples, beta)
         return
     for average, x in samples:
         sample = mean_square(x)

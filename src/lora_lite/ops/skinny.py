@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.ops.launch import kernels_serve
+from lora_lite.ops.launch import kernels, kernels_serve
 from lora_lite.ops.selection import Squares
 
 MOST_ROWS = 128
@@ -21,9 +21,7 @@ def down(
 ) -> Float[Tensor, "T r"]:
     """scale · x Aᵀ."""
     if has_kernel(x, len(A)):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.down(x, A, scale)
+        return kernels("skinny").down(x, A, scale)
     h = x @ A.to(x.dtype).T
     return h if scale == 1 else h * scale
 
@@ -35,9 +33,7 @@ def up(
 ) -> Float[Tensor, "T n"]:
     """h Bᵀ + b, b one row for all tokens or a row for each."""
     if has_kernel(h, h.shape[1]):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.up(h, B, b)
+        return kernels("skinny").up(h, B, b)
     B = B.to(h.dtype)
     return h @ B.T if b is None else torch.addmm(b, h, B.T)
 
@@ -51,9 +47,7 @@ def outer(
     """The first q rows of hᵀ x, summed over the tokens, in the dtype and layout of `like`: the
     gradient to such a factor, which is then taken without a copy. And the squares of x."""
     if has_kernel(x, h.shape[1]):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.outer(h, x, like, energies)
+        return kernels("skinny").outer(h, x, like, energies)
     return (h[:, : like.shape[0]].T @ x).to(like.dtype), None
 
 
@@ -71,9 +65,7 @@ def down_and_outer(
     And the squares of g."""
     q = h.shape[1] if q is None else q
     if has_kernel(g, h.shape[1]):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.down_and_outer(g, B, h, scale, dtype, q, energies)
+        return kernels("skinny").down_and_outer(g, B, h, scale, dtype, q, energies)
     dp = g @ B.to(g.dtype)
     dB = (g.T @ h).unflatten(1, (-1, q)).sum(1)
     return dp if scale == 1 else dp * scale, dB.to(dtype), None
@@ -89,9 +81,7 @@ def scaled_up(
     """(y, u) with u = z + h Bᵀ and y = (1 + g_1) ⊙ u + b; without a bias y alone, twice. Takes
     z's memory."""
     if has_kernel(z, h.shape[1]):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.scaled_up(z, h, B, g_1, b)
+        return kernels("skinny").scaled_up(z, h, B, g_1, b)
     u = z.addmm_(h, B.to(z.dtype).T)
     y = u + g_1.to(u.dtype) * u
     return (y, y) if b is None else (y + b, u)
@@ -117,9 +107,7 @@ def scaled_down_and_outer(
     `scaled` (1 + g_1) ⊙ u, in which u keeps all its digits however small the factor. And the
     squares of dy."""
     if has_kernel(dy, h.shape[1]):
-        from lora_lite.ops import skinny_kernels
-
-        return skinny_kernels.scaled_down_and_outer(dy, out, B, h, g_1, scale, scaled, energies)
+        return kernels("skinny").scaled_down_and_outer(dy, out, B, h, g_1, scale, scaled, energies)
     du = dy + g_1.to(dy.dtype) * dy
     dg = (dy * out).sum(0, dtype=g_1.dtype)
     if scaled:
@@ -130,8 +118,8 @@ def scaled_down_and_outer(
 def has_kernel(x: Tensor, rows: int) -> bool:
     """Whether the kernel serves x: 16-bit floats on CUDA, few rows, and tokens to spread."""
     return (
-        kernels_serve(x)
-        and x.dtype in (torch.bfloat16, torch.float16)
+        x.dtype in (torch.bfloat16, torch.float16)
         and 0 < rows <= MOST_ROWS
         and x.shape[0] >= LEAST_TOKENS
+        and kernels_serve(x)
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_lite.ops.launch import cdiv, launch, power_of_2, shared_memory_bytes
+from lora_lite.ops.launch import cdiv, known_again, launch, power_of_2, shared_memory_bytes
 from lora_lite.ops.selection import Squares
 
 
@@ -42,24 +42,21 @@ def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
 def outer(h: Tensor, x: Tensor, like: Tensor, energies: bool) -> tuple[Tensor, Squares | None]:
     h, x = h.contiguous(), rows_together(x)
     (T, d), r, rows = x.shape, h.shape[1], like.shape[0]
-    block_d = 64
-    tiles = cdiv(d, block_d)
-    # Programs that go through all tokens need no sum after them, which pays where they keep every
-    # multiprocessor busy, or half of them for a short time.
-    whole = tiles >= PROGRAMS // 2 or (tiles >= PROGRAMS // 4 - 2 and T <= 8192)
-    splits = 1 if whole else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
+    tiles, splits = tiles_of_outer(T, d)
     out = torch.empty_like(like)
     parts = out if splits == 1 else x.new_empty(splits, rows * d, dtype=torch.float32)
     squares = x.new_empty(splits, d, dtype=torch.float32) if energies else parts
     launch(
         _outer, (tiles, splits),
         h, x, parts, squares, T, d, cdiv(T, splits), x.stride(0), *out.stride(),
-        r, rows, energies, 128 if r <= 32 else 64, block_d, block_rows(r),
+        r, rows, energies, 128 if r <= 32 else 64, OUTER_COLUMNS, block_rows(r),
         stages=4,
     )  # fmt: skip
     if splits > 1:
-        found = fold((parts, like.dtype), *[(squares, torch.float32)] * energies)
-        out, squares = found[0].as_strided(out.shape, out.stride()), found[-1][None]
+        sums = [(parts, out)]
+        if energies:
+            sums.append((squares, squares := x.new_empty(1, d, dtype=torch.float32)))
+        fold(*sums)
     return out, Squares(squares, T) if energies else None
 
 
@@ -97,28 +94,48 @@ def _both(
 ) -> tuple[Any, ...]:
     g, B, h = g.contiguous(), B.contiguous(), h.contiguous()
     (T, n), r, scaled = g.shape, h.shape[1], out is not None
-    roomy = is_roomy(g)
+    tiles, splits, tokens, *tile = tiles_of_both(T, n, r, q, scaled, is_roomy(g))
+    dp_parts = g.new_empty(tiles, T, r, dtype=torch.float32)
+    dB_parts = g.new_empty(splits, n, q, dtype=torch.float32)
+    du = torch.empty_like(g) if scaled else g
+    wanted = scaled + energies  # dg and the squares, of each split
+    sums_parts = g.new_empty(splits, wanted, n, dtype=torch.float32) if wanted else dp_parts
+    launch(
+        _down_and_outer, (tiles, splits),
+        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp_parts, dB_parts, sums_parts,
+        T, n, tokens, scale,
+        r, q, scaled, divide, energies, *tile, block_rows(r),
+        warps=8,
+    )  # fmt: skip
+    dp, dB = g.new_empty(T, r), g.new_empty(n, q, dtype=dtype)
+    if not wanted:
+        fold((dp_parts, dp), (dB_parts, dB))
+        return du, dp, dB, None
+    sums = g.new_empty(wanted, n, dtype=torch.float32)
+    fold((dp_parts, dp), (dB_parts, dB), (sums_parts, sums))
+    squares = Squares(sums[-1:], T) if energies else None
+    return du, dp, dB, *([sums[0].to(g_1.dtype)] if scaled else []), squares
+
+
+@known_again
+def tiles_of_outer(T: int, d: int) -> tuple[int, int]:
+    """How many tiles of columns there are, and into how many parts the tokens go."""
+    tiles = cdiv(d, OUTER_COLUMNS)
+    # Programs that go through all tokens need no sum after them, which pays where they keep every
+    # multiprocessor busy, or half of them for a short time.
+    whole = tiles >= PROGRAMS // 2 or (tiles >= PROGRAMS // 4 - 2 and T <= 8192)
+    return tiles, 1 if whole else max(1, min(cdiv(T, 256), cdiv(PROGRAMS, tiles)))
+
+
+@known_again
+def tiles_of_both(T: int, n: int, r: int, q: int, scaled: bool, roomy: bool) -> tuple[int, ...]:
+    """How many tiles of columns there are, into how many parts the tokens go, how many each has;
+    stages, and the tokens and columns of a tile."""
     block_t, block_n = 32 if scaled else 64, (256 if r <= 32 else 128) // (1 if roomy else 2)
     tiles = cdiv(n, block_n)
     tokens = cdiv(cdiv(T, max(1, PROGRAMS // 2 // tiles)), block_t) * block_t
-    splits = cdiv(T, tokens)
     stages = (4 if roomy else 2) - (roomy and scaled) - (r > max(q, 64))
-    dp = g.new_empty(tiles, T, r, dtype=torch.float32)
-    dB = g.new_empty(splits, n, q, dtype=torch.float32)
-    du = torch.empty_like(g) if scaled else g
-    wanted = scaled + energies  # dg and the squares, of each split
-    sums = g.new_empty(splits, wanted * n, dtype=torch.float32) if wanted else dp
-    launch(
-        _down_and_outer, (tiles, splits),
-        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp, dB, sums,
-        T, n, tokens, scale,
-        r, q, scaled, divide, energies, stages, block_t, block_n, block_rows(r),
-        warps=8,
-    )  # fmt: skip
-    dp, dB, *found = fold((dp, g.dtype), (dB, dtype), *[(sums, torch.float32)] * (wanted > 0))
-    found = list(found[0].split(n)) if wanted > 1 else found
-    squares = Squares(found.pop()[None], T) if energies else None
-    return du, dp, dB, *(dg.to(g_1.dtype) for dg in found), squares
+    return tiles, cdiv(T, tokens), tokens, stages, block_t, block_n
 
 
 def scaled_up(
@@ -164,24 +181,23 @@ def change(
     return A_2, B_2
 
 
-def fold(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:
-    """The sums of up to three float32 tensors over their first axis, each in a dtype, in one
-    launch."""
-    block, tensors, sizes, ends = 128, [], [], [0]
-    out = [part.new_empty(part.shape[1:], dtype=dtype) for part, dtype in parts]
-    for (part, _), sums in zip(parts, out):
-        size = sums.numel()
-        tensors += part, sums
-        sizes += part.shape[0], size
-        ends.append(ends[-1] + cdiv(size, block))
-    for _ in range(3 - len(parts)):
+def fold(*sums: tuple[Tensor, Tensor]) -> None:
+    """Write into the second of each pair, of which there are up to three, the sum of the first,
+    float32, over its first axis; in one launch."""
+    tensors, sizes, ends = [], [], [0]
+    for parts, out in sums:
+        size = out.numel()
+        tensors += parts, out
+        sizes += parts.shape[0], size
+        ends.append(ends[-1] + cdiv(size, FOLDED))
+    for _ in range(3 - len(sums)):
         tensors += tensors[-2:]
         sizes += sizes[-2:]
         ends.append(ends[-1])
-    launch(_fold, (ends[-1],), *tensors, *sizes, ends[1], ends[2], block)
-    return out
+    launch(_fold, (ends[-1],), *tensors, *sizes, ends[1], ends[2], FOLDED)
 
 
+OUTER_COLUMNS, FOLDED = 64, 128
 # About two programs for each multiprocessor of a large GPU.
 PROGRAMS = 264
 

@@ -30,6 +30,8 @@ class OFT(BlockRotations):
     coft: bool = False
     eps: float = 6e-5
 
+    casts = False
+
     q: Float[Tensor, "n b*(b-1)//2"] = ParamSpec(zeros)
 
     def validate(self) -> None:
