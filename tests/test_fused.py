@@ -129,21 +129,6 @@ def test_pairs_of_both_sides_that_meet(
         close(fused[key].double(), want, tolerance, key)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 255])
-@pytest.mark.parametrize("d_in, d_out, bias", LAYERS)
-def test_of_few_tokens(monkeypatch, tokens, d_in, d_out, bias, dtype):
-    """A low-rank update makes no node of its own."""
-    layer = adapted(d_in, d_out, bias, dtype, "lora", dict(r=8))
-    x, g = (torch.randn(1, tokens, d, dtype=dtype, device=DEVICE) for d in (d_in, d_out))
-    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
-    found = outputs(layer, x, g)
-    assert "_AddLowRankBackward" not in nodes(layer(x))
-    exact = outputs(layer.double(), x.double(), g.double())
-    for key, want in exact.items():
-        close(found[key].double(), want, 1e-5 if dtype == torch.float32 else 2e-2, key)
-
-
 @pytest.mark.parametrize("block_size", [None, 4, 3])
 def test_sums_of_tokens_that_are_shared_out(monkeypatch, block_size):
     """Among several programs, of which the last has fewer."""
@@ -293,7 +278,7 @@ def test_what_is_not_plain_is_not_taken_apart(monkeypatch, variant, hyperparamet
     monkeypatch.setattr(launch, "INTERPRETED", True)
     layer = nn.Linear(24, 40, device=DEVICE)
     ll.attach(layer, variant, **hyperparameters)
-    x = torch.randn(256, 24, device=DEVICE)
+    x = torch.randn(30, 24, device=DEVICE)
     assert node in nodes(layer(x))
     with ll.strength(layer, 0.5):
         assert node not in nodes(layer(x))

@@ -111,7 +111,7 @@ def poisoned():
 @pytest.mark.parametrize("wide_factors", [False, True])
 @pytest.mark.parametrize(
     "T, n, r",
-    [(256, 63, 5), (300, 129, 16), (513, 200, 33), (519, 64, 128), (256, 1000, 8), (1100, 300, 1)],
+    [(1, 63, 5), (40, 129, 16), (300, 129, 16), (513, 200, 33), (519, 64, 128), (256, 1000, 8), (1100, 300, 1)],
 )
 def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
     small = torch.float32 if wide_factors else HALF

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from lora_lite.ops.cores import (
 from lora_lite.ops.launch import kernels, ops_serve
 from lora_lite.ops.one_op import once_differentiable, one_op
 from lora_lite.ops.skinny import (
-    LEAST_TOKENS,
     down,
     down_and_outer,
     outer,
@@ -72,8 +70,6 @@ def add_low_rank(
         return W(x) + low_rank(x if v is None else v, A, B, core)
     if isinstance(core, Tensor):
         return _add_core(x, *own, A, B, core)
-    if not torch.compiler.is_compiling() and x.numel() < LEAST_TOKENS * x.shape[-1]:
-        return _add_low_rank_of_few(x, *own, A, B, core)
     return _add_low_rank(x, *own, A, B, core, taken_over(W))
 
 
@@ -186,22 +182,6 @@ def accumulates_in(x: Tensor) -> bool:
     """
     usual = x.dtype == torch.bfloat16 or (launch.INTERPRETED and x.dtype == torch.float32)
     return usual and ops_serve(x)
-
-
-def _add_low_rank_of_few(
-    x: Float[Tensor, "*batch d_in"],
-    W: Float[Tensor, "d_out d_in"],
-    b: Float[Tensor, " d_out"] | None,
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    scale: float,
-) -> Float[Tensor, "*batch d_out"]:
-    """_AddLowRank for few tokens, where all that counts is how many calls the host makes, and
-    autograd's own nodes cost it less."""
-    rows = x.reshape(-1, x.shape[-1])
-    h = rows @ A.to(x.dtype).T
-    y = torch.addmm(F.linear(rows, W, b), h, B.to(x.dtype).T, alpha=scale)
-    return y.view(*x.shape[:-1], W.shape[0])
 
 
 class _AddLowRank(torch.autograd.Function):

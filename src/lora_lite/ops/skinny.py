@@ -1,6 +1,6 @@
 """Products with a side of few rows, one pass over the long tensor each.
 
-Each has a plain form, which defines it, and a Triton kernel for CUDA tensors of many tokens. The
+Each has a plain form, which defines it, and a Triton kernel for CUDA tensors. The
 small factors may be wider floats than the tokens; they are cast where they are read. With
 `energies` a kernel sums the squares of what it reads on its way, and the plain forms do not.
 """
@@ -13,7 +13,6 @@ from lora_lite.ops.launch import kernels, kernels_serve
 from lora_lite.ops.selection import Squares
 
 MOST_ROWS = 128
-LEAST_TOKENS = 256
 
 
 def down(
@@ -116,10 +115,10 @@ def scaled_down_and_outer(
 
 
 def has_kernel(x: Tensor, rows: int) -> bool:
-    """Whether the kernel serves x: 16-bit floats on CUDA, few rows, and tokens to spread."""
+    """Whether the kernel serves x: 16-bit floats on CUDA, few rows, and any tokens."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and 0 < rows <= MOST_ROWS
-        and x.shape[0] >= LEAST_TOKENS
+        and x.shape[0] > 0
         and kernels_serve(x)
     )
