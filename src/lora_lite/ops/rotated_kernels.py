@@ -24,7 +24,7 @@ from lora_lite.ops.skinny_kernels import fold
 
 PROGRAMS = 1056
 BLOCK, ROWS = 128, 16
-BLOCK_BACKWARD, ROWS_BACKWARD = 64, 8
+BLOCK_BACKWARD, ROWS_BACKWARD, STAGES_BACKWARD = 64, 8, 4
 BLOCKS_FORWARD, BLOCKS_BACKWARD = 32, 16
 """Rows of a tile where products take a block core: more would not fit in registers."""
 STAGES = 3
@@ -135,7 +135,8 @@ def backward(
     *tables, E_L, E_R = turns
     narrow = width in (1, 2, 4, 8)
     whole = BLOCK_BACKWARD if narrow else MOST_COLUMNS // width * width
-    rows = ROWS_BACKWARD if narrow else BLOCKS_BACKWARD
+    # Sums of a block core's entries take half the registers with half the rows.
+    rows = ROWS_BACKWARD // min(width, 2) if narrow else BLOCKS_BACKWARD
     columns = cdiv(max(n, m) if to_input or energies else n, whole)
     splits, tokens = shares(T, columns, rows, 64)
     dC_parts = dy.new_empty(splits, q, width, dtype=torch.float32)
@@ -146,9 +147,9 @@ def backward(
     launch(
         _backward if narrow else _backward_blocks, (columns, splits),
         dy, out, x, *core, du, dx if to_input else du, dC_parts, ds_parts, squares,
-        *sizes, tokens, *flags, divide, to_input, energies, width, STAGES,
-        *((rows, whole) if narrow else (whole, MOST_COLUMNS, rows)),
-        warps=2 if narrow else 4,
+        *sizes, tokens, *flags, divide, to_input, energies, width,
+        *((STAGES_BACKWARD, rows, whole) if narrow else (STAGES, whole, MOST_COLUMNS, rows)),
+        warps=1 if narrow else 4,
     )  # fmt: skip
     wide, of_tables, energy = torch.float32, None, None
     dC = dy.new_empty(q, width, dtype=wide)
@@ -417,6 +418,81 @@ def _forward_at(
 
 
 @triton.jit
+def _halves(t):
+    """The even columns and the odd ones."""
+    return tl.split(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _apart(t, width: tl.constexpr):
+    """The first, second, … columns of each `width` neighbours."""
+    if width == 1:
+        out = (t,)
+    elif width == 2:
+        out = _halves(t)
+    else:
+        even, odd = _halves(t)
+        even, odd = _apart(even, width // 2), _apart(odd, width // 2)
+        out = ()
+        for k in tl.static_range(width // 2):
+            out = out + (even[k], odd[k])
+    return out
+
+
+@triton.jit
+def _together(t, width: tl.constexpr):
+    """The columns that `_apart` took apart."""
+    if width == 1:
+        out = t[0]
+    else:
+        even, odd = (), ()
+        for k in tl.static_range(width // 2):
+            even, odd = even + (t[2 * k],), odd + (t[2 * k + 1],)
+        even, odd = _together(even, width // 2), _together(odd, width // 2)
+        out = tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1] * 2))
+    return out
+
+
+@triton.jit
+def _core_apart(C, i, q, width: tl.constexpr):
+    """Entry (r, j) of the blocks of coordinates i, at j width + r."""
+    out = ()
+    for j in tl.static_range(width):
+        here = (i < q) & (i // width * width + j < q)
+        out = out + _apart(_number(C, i * width + j, here), width)
+    return out
+
+
+@triton.jit
+def _zeros(rows: tl.constexpr, columns: tl.constexpr, count: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(count):
+        out = out + (tl.zeros((rows, columns), tl.float32),)
+    return out
+
+
+@triton.jit
+def _add_products(sums, rows, columns, width: tl.constexpr):
+    """sums[r, j] + rows[r] columns[j]."""
+    out = ()
+    for k in tl.static_range(width * width):
+        out = out + (sums[k] + rows[k // width] * columns[k % width],)
+    return out
+
+
+@triton.jit
+def _times(core, t, width: tl.constexpr, rows: tl.constexpr):
+    """C t of each block with `rows`, else Cᵀ t."""
+    out = ()
+    for r in tl.static_range(width):
+        total = core[r if rows else r * width] * t[0]
+        for j in tl.static_range(1, width):
+            total += core[j * width + r if rows else r * width + j] * t[j]
+        out = out + (total,)
+    return out
+
+
+@triton.jit
 def _backward(
     dy, out, x, C, c_L, s_L, p_L, pairs_L, pairs_R, s_1, du, dx, dC, ds, squares,
     T, n, m, q, E_L, E_R, tokens,
@@ -429,17 +505,13 @@ def _backward(
     split = tl.program_id(1).to(tl.int64)
     begin = split * tokens
     end = tl.minimum(begin + tokens, T)
-    # C by its blocks: entry (r, j) of each at (block, r, j).
+    # A block's coordinates are apart, and so are its core's entries (r, j), each a tensor over the
+    # blocks: a thread then holds blocks whole.
     blocks: tl.constexpr = block // width
-    r = tl.reshape(first + tl.arange(0, block), (blocks, width))
-    j = tl.arange(0, width)[None, None, :]
-    column = (r // width * width)[:, :, None] + j
-    at_C = r[:, :, None] * width + j
-    in_C = (r[:, :, None] < q) & (column < q)
-    core = _number(C, at_C, in_C)[None]
+    core = _core_apart(C, i, q, width)
+    sum_C = _zeros(block_t, blocks, width * width)
     scale = 1 + _number(s_1, i, i < n) if scaled else 1.0
     sum_s = tl.zeros((block_t, block), tl.float32)
-    sum_C = tl.zeros((block_t, blocks, width, width), tl.float32)
     squares_g = tl.zeros((block_t, block), tl.float32)
     squares_x = tl.zeros((block_t, block), tl.float32)
     # With stages of its own a loop fetches ahead.
@@ -448,23 +520,27 @@ def _backward(
         g = _number(dy, t * n + i, (t < end) & (i < n))
         own = _number(x, t * m + i, (t < end) & (i < (m if energies else q)))
         h = scale * g
-        rows = tl.reshape(h, (block_t, blocks, width))[:, :, :, None]
-        columns = tl.reshape(own, (block_t, blocks, width))[:, :, None, :]
-        sum_C += rows * columns
+        rows, columns = _apart(h, width), _apart(own, width)
+        sum_C = _add_products(sum_C, rows, columns, width)
         if energies:
             squares_g += g * g
             squares_x += own * own
         if scaled:
             if on_output:
                 sum_s += g * _number(out, t * n + i, (t < end) & (i < n))
-                tl.store(du + t * n + i, h.to(du.dtype.element_ty), mask=(t < end) & (i < n))
+                own_h = _together(rows, width).to(du.dtype.element_ty)
+                tl.store(du + t * n + i, own_h, mask=(t < end) & (i < n))
             else:
-                sum_s += g * tl.reshape(tl.sum(core * columns, 3), (block_t, block))
+                sum_s += g * _together(_times(core, columns, width, 1), width)
         if to_input:
-            e = tl.reshape(tl.sum(core * rows, 2), (block_t, block)).to(dx.dtype.element_ty)
+            e = _together(_times(core, rows, width, 0), width).to(dx.dtype.element_ty)
             tl.store(dx + t * m + i, e, mask=(t < end) & (i < m))
-    total = tl.where(in_C, tl.sum(sum_C, 0), 0.0)
-    tl.store(dC + split * q * width + at_C, total, mask=r[:, :, None] < q)
+    # Put together, the entries of a block's core are neighbours, as they are in C.
+    entry = (first * width + tl.arange(0, block * width))[None, :]
+    r, j = entry // width, entry % width
+    total = tl.sum(_together(sum_C, width * width), 0)[None, :]
+    total = tl.where(r // width * width + j < q, total, 0.0)
+    tl.store(dC + split * q * width + entry, total, mask=r < q)
     if scaled:
         total = tl.sum(sum_s, 0)[None, :]
         if divide:
