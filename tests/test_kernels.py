@@ -111,7 +111,15 @@ def poisoned():
 @pytest.mark.parametrize("wide_factors", [False, True])
 @pytest.mark.parametrize(
     "T, n, r",
-    [(1, 63, 5), (40, 129, 16), (300, 129, 16), (513, 200, 33), (519, 64, 128), (256, 1000, 8), (1100, 300, 1)],
+    [
+        (1, 63, 5),
+        (40, 129, 16),
+        (300, 129, 16),
+        (513, 200, 33),
+        (519, 64, 128),
+        (256, 1000, 8),
+        (1100, 300, 1),
+    ],
 )
 def test_skinny_products(monkeypatch, poisoned, T, n, r, wide_factors):
     small = torch.float32 if wide_factors else HALF
@@ -222,7 +230,7 @@ def test_row_norms(poisoned, n, d, r, dtype):
     norms = random(n).abs()
     want = (W.double() + 0.25 * B.double() @ A.double()).norm(dim=1)
     for weight in (W, W.T.contiguous().T):
-        got = skinny_kernels.row_norms(weight, B, A, 0.25, norms)
+        got = skinny_kernels.row_norms(weight, B, A, norms, 0.25)
         assert got[3] == norms[3]
         got[3] = want[3]
         agree(got, want, 1e-3 if CUDA and dtype != torch.float32 else 1e-6)

@@ -27,7 +27,6 @@ def has_kernel(W: LinearBase, A: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
 def low_rank_row_norms(
     W: LinearBase,
     B: Float[Tensor, "d_out r"],
@@ -44,7 +43,19 @@ def low_rank_row_norms(
     pass over W sums every row directly.
     """
     if has_kernel(W, A):
-        return _row_norms(W.weight, B, A, norms, scale)
+        weight = W.layer.weight.T if W.transposed else W.layer.weight
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return _row_norms(weight, B, A, norms, scale)
+        # Of a kernel autograd sees nothing, so that it need not be told.
+        return kernels("skinny").row_norms(weight, B, A, norms, scale)
+    with torch.no_grad():
+        return _expanded(W, B, A, norms, scale)
+
+
+def _expanded(
+    W: LinearBase, B: Tensor, A: Tensor, norms: Tensor, scale: float
+) -> Float[Tensor, " d_out"]:
     B = scale * B
     eps = torch.finfo(norms.dtype).eps
     w_sq = norms.square()
@@ -62,7 +73,7 @@ def low_rank_row_norms(
 class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, B: Tensor, A: Tensor, norms: Tensor, scale: float) -> Tensor:
-        return kernels("skinny").row_norms(W, B, A, scale, norms)
+        return kernels("skinny").row_norms(W, B, A, norms, scale)
 
 
 _row_norms = one_op(_RowNorms)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_lite.ops import givens_kernels
 from lora_lite.ops.blocks import MOST_COLUMNS
 from lora_lite.ops.givens_kernels import Side
-from lora_lite.ops.launch import cdiv, launch, power_of_2
+from lora_lite.ops.launch import cdiv, known_again, launch, power_of_2
 from lora_lite.ops.selection import Squares
 from lora_lite.ops.skinny_kernels import fold
 
@@ -211,6 +211,7 @@ def width_of(C: Tensor) -> int:
     return C.shape[1] if C.ndim == 2 else 1
 
 
+@known_again
 def shares(T: int, columns: int, rows: int, least: int) -> tuple[int, int]:
     """Into how many splits T tokens go, for about PROGRAMS programs, and the tokens of each, whole
     tiles: about `least` or more."""
@@ -218,6 +219,7 @@ def shares(T: int, columns: int, rows: int, least: int) -> tuple[int, int]:
     return splits, cdiv(cdiv(T, splits), rows) * rows
 
 
+@known_again
 def tile_of(width: int) -> tuple[int, int, int]:
     """Tokens, coordinates, and the columns gathered for each, of what turning affects."""
     wide = power_of_2(width)

@@ -153,7 +153,7 @@ def scaled_up(
     return y, z
 
 
-def row_norms(W: Tensor, B: Tensor, A: Tensor, scale: float, norms: Tensor) -> Tensor:
+def row_norms(W: Tensor, B: Tensor, A: Tensor, norms: Tensor, scale: float) -> Tensor:
     """‖(W + scale · B A)_i‖, with `norms` where B's row is zero."""
     (n, d), r = W.shape, len(A)
     out = torch.empty_like(norms)
