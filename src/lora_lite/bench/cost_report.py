@@ -20,6 +20,7 @@ COLUMNS = (
     "CUDA graph, × frozen",
     "PEFT (bf16)",
     "compiled, × frozen",
+    "counted",
     "PEFT (bf16)",
     "extra MiB",
     "PEFT (bf16)",
@@ -27,6 +28,9 @@ COLUMNS = (
 NONE = "–"
 MODES: dict[Mode, str] = {"eager": "eager", "graph": "CUDA graph", "compiled": "compiled"}
 """In the order of the table's columns, what each is called there."""
+
+COUNTED: tuple[Mode, ...] = ("eager", "compiled")
+"""Beside whose times stands what is counted: a graph replays the eager step."""
 
 Pair = dict[str, Row]
 """The rows of one method, by mode."""
@@ -81,7 +85,9 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         f"{shape['dtype']}, all seven projections adapted; adapter tensors are float32, PEFT's in "
         "brackets in the base's dtype. CUDA graph: the eager step recorded and replayed, which the "
         "host's speed does not enter. Counted: the frozen step, and what the fused form must "
-        "read, write and multiply at the rates of a large copy and a large product. "
+        "read, write and multiply at the rates of a large copy and a large product, which the many "
+        "short kernels of a step do not reach; compiled, gates are fused with what is beside them "
+        "and not counted. "
         f"Frozen: {ms}{peak}. Median of "
         f"{min(row.steps for row in measured)} or more steps after warm-up, all sides in one "
         "process, in alternating rounds, on the same weights and adapter tensors, with outputs "
@@ -171,9 +177,10 @@ def _long(found: Sequence[Row]) -> str:
 
 
 def _cells(label: str, pair: Pair) -> list[str]:
-    eager, out = pair.get("eager"), [label]
-    times = [(pair.get(mode), "over_floor", 2) for mode in MODES]
-    for row, quantity, digits in (*times, (eager, "extra_mib", 0)):
+    out = [label]
+    times = [(mode, "over_floor", 2) for mode in MODES]
+    for mode, quantity, digits in (*times, ("eager", "extra_mib", 0)):
+        row = pair.get(mode)
         values = {s: getattr(row, quantity)(s) if row else None for s in SIDES}
         known = [_number(v, digits) for v in values.values() if v is not None]
         best = min(known, key=lambda text: float(text.replace(",", "")), default=None)
@@ -182,8 +189,8 @@ def _cells(label: str, pair: Pair) -> list[str]:
             for side, cell in ((s, _number(v, digits)) for s, v in values.items())
         }
         out.append(text["ours"])
-        if row is eager and quantity == "over_floor":
-            out.append(_number(eager and counted(eager), 2))
+        if quantity == "over_floor" and mode in COUNTED:
+            out.append(_number(row and counted(row), 2))
         peft = (values["peft_default"], values["peft_same_dtype"])
         out.append(
             NONE if peft == (None, None) else f"{text['peft_default']} ({text['peft_same_dtype']})"

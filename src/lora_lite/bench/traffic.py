@@ -63,10 +63,14 @@ WORK: dict[str, Work] = {
 }
 """By method, at the settings of the cost benchmark."""
 
+COMPILED: dict[str, Work | None] = {"ia3": None, "ia3_ff": None, "boft": ROTATED_INPUT}
+"""The same of methods with a gate where they are compiled: it is fused with what is beside it."""
+
 
 def work_of(row: Row) -> Work | None:
     """What a row's configuration adds; None for what is not counted."""
-    known, hyper = WORK.get(row.variant), row.hyperparameters
+    table = WORK | COMPILED if row.mode == "compiled" else WORK
+    known, hyper = table.get(row.variant), row.hyperparameters
     if row.variant != "jora":
         return known
     if hyper["clip"] != "none" or hyper["core"] in ("selective", "coupled"):

@@ -28,8 +28,6 @@ class VeRA(Variant):
     projection_seed: int = 0
     dropout: float = 0.0
 
-    casts = False
-
     A: Float[Tensor, "r D_in"] = ParamSpec(he_uniform, trainable=False, saved=False, shared=True)
     B: Float[Tensor, "D_out r"] = ParamSpec(he_uniform, trainable=False, saved=False, shared=True)
     lam_d: Float[Tensor, "r"] = ParamSpec()
