@@ -5,7 +5,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ def _host(case: Case, options: Options) -> None:
     work = one_layer(options.shape.dtype, options.where)
     sides, _, missing = cost.sides_of(case, work, options.peft)
     sides = [Side("floor", work.shell()), *sides]
-    us = {side.name: call_us(side, work) for side in sides}
+    us = calls_us(sides, work)
     row = HostRow(
         label=case.label,
         variant=case.variant.name,
@@ -127,17 +127,20 @@ def _host(case: Case, options: Options) -> None:
     print(f"{case.label}: µs of the host's a layer call: {numbers}", flush=True)
 
 
-def call_us(side: Side, work: Workload) -> float:
-    """Microseconds of one forward call of the side's layer, without waiting for the device."""
-    layer = next(m for name, m in side.model.named_modules() if name.split(".")[-1] == "proj")
-    times = []
-    for _ in range(REPEATS):
-        synchronise(work.device)
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            layer(work.x)
-        times.append((time.perf_counter() - start) / CALLS)
-    return 1e6 * statistics.median(times)
+def calls_us(sides: Sequence[Side], work: Workload) -> dict[str, float]:
+    """Microseconds of one forward call of each side's layer, without waiting for the device: the
+    medians over alternating rounds, after one to warm up."""
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    for _ in range(1 + REPEATS):
+        for side in sides:
+            named = side.model.named_modules()
+            layer = next(m for name, m in named if name.split(".")[-1] == "proj")
+            synchronise(work.device)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                layer(work.x)
+            times[side.name].append((time.perf_counter() - start) / CALLS)
+    return {name: 1e6 * statistics.median(found[1:]) for name, found in times.items()}
 
 
 def write(row: HostRow, results: Path) -> Path:
