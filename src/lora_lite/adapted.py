@@ -48,10 +48,8 @@ class Adapter(nn.Module):
         self.site, self.variant, self.attachment = site, variant, attachment
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
-        self.prepares, self.observes = (
-            type(variant).prepare is not Variant.prepare,
-            variant.observes,
-        )
+        self.prepares = type(variant).prepare is not Variant.prepare
+        self.observes = variant.observes
         self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
         self.alone = not any(shared for _, shared in self.keys)
         for key, tensor in tensors.items():

@@ -219,7 +219,6 @@ def shares(T: int, columns: int, rows: int, least: int) -> tuple[int, int]:
     return splits, cdiv(cdiv(T, splits), rows) * rows
 
 
-@known_again
 def tile_of(width: int) -> tuple[int, int, int]:
     """Tokens, coordinates, and the columns gathered for each, of what turning affects."""
     wide = power_of_2(width)
@@ -420,39 +419,56 @@ def _forward_at(
 
 
 @triton.jit
-def _halves(t):
-    """The even columns and the odd ones."""
-    return tl.split(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)))
+def _split(t, count: tl.constexpr):
+    """The even columns of each tensor, and then the odd ones."""
+    even, odd = (), ()
+    for k in tl.static_range(count):
+        pairs = tl.reshape(t[k], (t[k].shape[0], t[k].shape[1] // 2, 2))
+        one, other = tl.split(pairs)
+        even, odd = even + (one,), odd + (other,)
+    return even + odd
+
+
+@triton.jit
+def _joined(t, count: tl.constexpr):
+    """What `_split` splits into so many tensors."""
+    out = ()
+    half: tl.constexpr = count // 2
+    for k in tl.static_range(half):
+        pairs = tl.join(t[k], t[half + k])
+        out = out + (tl.reshape(pairs, (pairs.shape[0], pairs.shape[1] * 2)),)
+    return out
 
 
 @triton.jit
 def _apart(t, width: tl.constexpr):
-    """The first, second, … columns of each `width` neighbours."""
-    if width == 1:
-        out = (t,)
-    elif width == 2:
-        out = _halves(t)
-    else:
-        even, odd = _halves(t)
-        even, odd = _apart(even, width // 2), _apart(odd, width // 2)
-        out = ()
-        for k in tl.static_range(width // 2):
-            out = out + (even[k], odd[k])
+    """The first, second, … columns of each `width` neighbours: 1, 2, 4 or 8."""
+    out = (t,)
+    if width >= 2:
+        out = _split(out, 1)
+    if width >= 4:
+        out = _split(out, 2)
+    if width >= 8:
+        out = _split(out, 4)
     return out
 
 
 @triton.jit
-def _together(t, width: tl.constexpr):
-    """The columns that `_apart` took apart."""
-    if width == 1:
-        out = t[0]
-    else:
-        even, odd = (), ()
-        for k in tl.static_range(width // 2):
-            even, odd = even + (t[2 * k],), odd + (t[2 * k + 1],)
-        even, odd = _together(even, width // 2), _together(odd, width // 2)
-        out = tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1] * 2))
-    return out
+def _together(t, count: tl.constexpr):
+    """The tensor whose columns `_apart` took apart, into so many: up to 64."""
+    if count >= 64:
+        t = _joined(t, 64)
+    if count >= 32:
+        t = _joined(t, 32)
+    if count >= 16:
+        t = _joined(t, 16)
+    if count >= 8:
+        t = _joined(t, 8)
+    if count >= 4:
+        t = _joined(t, 4)
+    if count >= 2:
+        t = _joined(t, 2)
+    return t[0]
 
 
 @triton.jit
@@ -530,8 +546,9 @@ def _backward(
         if scaled:
             if on_output:
                 sum_s += g * _number(out, t * n + i, (t < end) & (i < n))
-                own_h = _together(rows, width).to(du.dtype.element_ty)
-                tl.store(du + t * n + i, own_h, mask=(t < end) & (i < n))
+                # h itself would be laid out among the threads a second time.
+                again = _together(rows, width).to(du.dtype.element_ty)
+                tl.store(du + t * n + i, again, mask=(t < end) & (i < n))
             else:
                 sum_s += g * _together(_times(core, columns, width, 1), width)
         if to_input:

@@ -1,8 +1,8 @@
 """Products with a side of few rows, one pass over the long tensor each.
 
-Each has a plain form, which defines it, and a Triton kernel for CUDA tensors. The
-small factors may be wider floats than the tokens; they are cast where they are read. With
-`energies` a kernel sums the squares of what it reads on its way, and the plain forms do not.
+Each has a plain form, which defines it, and a Triton kernel for CUDA tensors. The small factors may
+be wider floats than the tokens; they are cast where they are read. With `energies` a kernel sums
+the squares of what it reads on its way, and the plain forms do not.
 """
 
 import torch
