@@ -129,6 +129,20 @@ def test_pairs_of_both_sides_that_meet(
         close(fused[key].double(), want, tolerance, key)
 
 
+@pytest.mark.parametrize("variant", ["lora", "oft"])
+def test_a_gradient_that_can_not_be_differentiated_says_so(monkeypatch, variant):
+    layer = adapted(32, 40, False, torch.bfloat16 if CUDA else torch.float16, variant, {})
+    x = torch.randn(5, 32, dtype=layer.weight.dtype, device=DEVICE, requires_grad=True)
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    monkeypatch.setattr(low_rank, "accumulates_in", lambda x: True)
+    loss = lambda: layer(x).float().square().sum()
+    (usual,) = torch.autograd.grad(loss(), x)
+    (first,) = torch.autograd.grad(loss(), x, create_graph=True)
+    assert torch.equal(first, usual)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("block_size", [None, 4, 3])
 def test_sums_of_tokens_that_are_shared_out(monkeypatch, block_size):
     """Among several programs, of which the last has fewer."""
