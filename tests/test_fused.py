@@ -95,6 +95,18 @@ def test_fused_equals_plain(monkeypatch, variant, hyperparameters, d_in, d_out, 
         close(fused[key].double(), want, tolerance, f"{variant}: {key}")
 
 
+@pytest.mark.parametrize("variant, hyperparameters", METHODS, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_of_no_token_and_of_one(monkeypatch, tokens, variant, hyperparameters):
+    layer = adapted(24, 40, True, DTYPES[0], variant, hyperparameters)
+    x, g = (torch.randn(tokens, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    fused = outputs(layer, x, g)
+    for key, want in outputs(layer.double(), x.double(), g.double()).items():
+        tolerance = 1e-5 if DTYPES[0] == torch.float32 else 2e-2
+        close(fused[key].double(), want, tolerance, f"{variant}: {key}")
+
+
 @pytest.mark.parametrize(
     "core", [{}, dict(core="block", block_size=4), dict(core="block", block_size=5)]
 )

@@ -49,7 +49,6 @@ class Adapter(nn.Module):
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
         self.prepares = type(variant).prepare is not Variant.prepare
-        self.observes = variant.observes
         self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
         self.alone = not any(shared for _, shared in self.keys)
         for key, tensor in tensors.items():
@@ -92,7 +91,7 @@ class Adapter(nn.Module):
                 tensors_in = variant.prepare(W, **cast(tensors, wide))
         if variant.casts:
             tensors_in = cast(tensors_in, dtype)
-        if self.observes and self.training and torch.is_grad_enabled():
+        if self.training and variant.observes and torch.is_grad_enabled():
             frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
             W.observer = functools.partial(variant.observe, **frozen)
         if self.strength != 1:

@@ -444,30 +444,18 @@ def _joined(t, count: tl.constexpr):
 def _apart(t, width: tl.constexpr):
     """The first, second, … columns of each `width` neighbours: 1, 2, 4 or 8."""
     out = (t,)
-    if width >= 2:
-        out = _split(out, 1)
-    if width >= 4:
-        out = _split(out, 2)
-    if width >= 8:
-        out = _split(out, 4)
+    for k in tl.static_range(3):
+        if width > 2**k:
+            out = _split(out, 2**k)
     return out
 
 
 @triton.jit
 def _together(t, count: tl.constexpr):
     """The tensor whose columns `_apart` took apart, into so many: up to 64."""
-    if count >= 64:
-        t = _joined(t, 64)
-    if count >= 32:
-        t = _joined(t, 32)
-    if count >= 16:
-        t = _joined(t, 16)
-    if count >= 8:
-        t = _joined(t, 8)
-    if count >= 4:
-        t = _joined(t, 4)
-    if count >= 2:
-        t = _joined(t, 2)
+    for k in tl.static_range(6):
+        if count > 32 // 2**k:
+            t = _joined(t, 64 // 2**k)
     return t[0]
 
 
