@@ -24,7 +24,7 @@ def butterflies(x: Tensor, R: Tensor, level: int, plus: bool, turned: bool) -> T
     block_t = 128
     launch(
         _rows, (cdiv(d, sizes[0]), cdiv(T, block_t)),
-        x, R, y, T, d,
+        (x, R, y), T, d,
         *sizes, plus, turned, MOST_COLUMNS, block_t,
     )  # fmt: skip
     return y
@@ -43,7 +43,7 @@ def butterflies_backward(
     dR = x.new_empty(splits, *R.shape, dtype=torch.float32)
     launch(
         _rows_backward, (tiles, splits),
-        dy, x, R, dx, dR, T, d, tokens,
+        (dy, x, R, dx, dR), T, d, tokens,
         *sizes, plus, turned, MOST_COLUMNS, block_t,
     )  # fmt: skip
     return dx, (dR[0] if splits == 1 else dR.sum(0)).to(R.dtype)

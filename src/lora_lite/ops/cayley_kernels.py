@@ -13,10 +13,10 @@ def rotation(q: Tensor, b: int, terms: int | None) -> tuple[Tensor, Tensor | Non
     n, wide = len(q), tile(b)
     R_1 = q.new_empty(n, b, b)
     if terms is not None:
-        launch(_neumann, (n,), q, R_1, terms, b, wide)
+        launch(_neumann, (n,), (q, R_1), terms, b, wide)
         return R_1, None
     X = torch.empty_like(R_1)
-    launch(_cayley, (n,), q, R_1, X, b, wide)
+    launch(_cayley, (n,), (q, R_1, X), b, wide)
     return R_1, X
 
 
@@ -26,9 +26,9 @@ def backward(G: Tensor, saved: Tensor, terms: int | None) -> Tensor:
     dq = G.new_empty(n, b * (b - 1) // 2)
     wide = tile(b)
     if terms is None:
-        launch(_cayley_backward, (n,), G, saved, dq, b, wide)
+        launch(_cayley_backward, (n,), (G, saved, dq), b, wide)
     else:
-        launch(_neumann_backward, (n,), G, saved, dq, terms, b, wide)
+        launch(_neumann_backward, (n,), (G, saved, dq), terms, b, wide)
     return dq
 
 

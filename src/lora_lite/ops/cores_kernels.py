@@ -26,9 +26,8 @@ def turned_shift(
     inverses = [None if P is None else torch.empty_like(core) for P in (P_U, P_V)]
     launch(
         _turned_shift, (n,),
-        S.contiguous(), delta.contiguous(), *given(core, P_U, P_V), core, *given(core, *inverses),
-        L,
-        b, P_U is not None, P_V is not None, tile(b),
+        (S.contiguous(), delta.contiguous(), *given(core, P_U, P_V), core, *given(core, *inverses)),
+        L, b, P_U is not None, P_V is not None, tile(b),
     )  # fmt: skip
     return core, *inverses
 
@@ -49,10 +48,11 @@ def turned_shift_backward(
     dP = [None if P is None else G.new_empty(n, b * (b - 1) // 2) for P in (P_U, P_V)]
     launch(
         _turned_shift_backward, (n,),
-        G.contiguous(), S.contiguous(), delta.contiguous(), *given(G, P_U, P_V, X_U, X_V), ddelta,
-        *given(G, *dP),
-        L,
-        b, P_U is not None, P_V is not None, tile(b),
+        (
+            G.contiguous(), S.contiguous(), delta.contiguous(), *given(G, P_U, P_V, X_U, X_V),
+            ddelta, *given(G, *dP),
+        ),
+        L, b, P_U is not None, P_V is not None, tile(b),
     )  # fmt: skip
     return ddelta, *dP
 

@@ -44,7 +44,7 @@ def ecd_tanh(
 
 def has_kernel(g: Tensor) -> bool:
     """Whether the kernel serves g: one program holds it."""
-    return ops_serve(g) and g.dtype == torch.float32 and len(g) <= 2**16
+    return ops_serve(g) and g.dtype == torch.float32 and g.numel() <= 2**16
 
 
 class _OER(torch.autograd.Function):

@@ -11,15 +11,15 @@ from lora_lite.ops.launch import launch, power_of_2
 def oer_softmax(g: Tensor, norms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(s − 1, p)."""
     s_1, p = torch.empty_like(g), torch.empty_like(g)
-    block = power_of_2(len(g))
-    launch(_oer, (1,), g, norms, s_1, p, len(g), temperature, block, warps=16)
+    block = power_of_2(g.numel())
+    launch(_oer, (1,), (g, norms, s_1, p), g.numel(), temperature, block, warps=16)
     return s_1, p
 
 
 def oer_softmax_backward(ds: Tensor, s_1: Tensor, p: Tensor, temperature: float) -> Tensor:
     dg = torch.empty_like(s_1)
-    block = power_of_2(len(s_1))
-    launch(_oer_backward, (1,), ds, s_1, p, dg, len(s_1), temperature, block, warps=16)
+    block = power_of_2(s_1.numel())
+    launch(_oer_backward, (1,), (ds, s_1, p, dg), s_1.numel(), temperature, block, warps=16)
     return dg
 
 

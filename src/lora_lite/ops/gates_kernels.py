@@ -22,7 +22,7 @@ def gate(z: Tensor, g: Tensor) -> Tensor:
     across = cdiv(d, BLOCK)
     launch(
         _gate, (across * cdiv(rows.shape[0], BLOCK_T),),
-        rows, g.contiguous(), y, rows.shape[0], d, across,
+        (rows, g.contiguous(), y), rows.shape[0], d, across,
         BLOCK_T, BLOCK,
     )  # fmt: skip
     return y
@@ -36,7 +36,7 @@ def gate_backward(dy: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     parts = g.new_empty(splits, d, dtype=torch.float32)
     launch(
         _gate_backward, (across, splits),
-        as_rows(dy), rows, g.contiguous(), dz, parts, rows.shape[0], d, tokens,
+        (as_rows(dy), rows, g.contiguous(), dz, parts), rows.shape[0], d, tokens,
         BLOCK_T, BLOCK, STAGES,
     )  # fmt: skip
     return dz, parts.sum(0).to(g.dtype)
@@ -47,7 +47,7 @@ def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     across = cdiv(n * h, BLOCK)
     launch(
         _turn, (across * cdiv(rows.shape[0], BLOCK_T),),
-        rows, c.contiguous(), s.contiguous(), y, rows.shape[0], n * h, across,
+        (rows, c.contiguous(), s.contiguous(), y), rows.shape[0], n * h, across,
         h, two == 2, BLOCK_T, BLOCK,
     )  # fmt: skip
     return y
@@ -61,7 +61,8 @@ def turn_backward(dy: Tensor, z: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, 
     parts = c.new_empty(splits, 2, n, two, h, dtype=torch.float32)
     launch(
         _turn_backward, (across, splits),
-        as_rows(dy), rows, c.contiguous(), s.contiguous(), dz, parts, rows.shape[0], n * h, tokens,
+        (as_rows(dy), rows, c.contiguous(), s.contiguous(), dz, parts),
+        rows.shape[0], n * h, tokens,
         h, two == 2, BLOCK_T // 2, BLOCK, STAGES,
     )  # fmt: skip
     dc, ds = parts.sum(0).to(c.dtype)
@@ -74,8 +75,8 @@ def polar(alpha: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     size = out.numel() // 2
     launch(
         _polar, (cdiv(size, 512),),
-        alpha.contiguous(), theta.contiguous(), out, size,
-        rows * h, parts, 512,
+        (alpha.contiguous(), theta.contiguous(), out),
+        size, rows * h, parts, 512,
     )  # fmt: skip
     return out[0], out[1]
 
@@ -87,9 +88,8 @@ def polar_backward(dc: Tensor, ds: Tensor, alpha: Tensor, theta: Tensor) -> tupl
     size = dc.numel()
     launch(
         _polar_backward, (cdiv(size, 512),),
-        dc.contiguous(), ds.contiguous(), alpha.contiguous(), theta.contiguous(), dalpha, dtheta,
-        size,
-        rows * h, parts, 512,
+        (*(t.contiguous() for t in (dc, ds, alpha, theta)), dalpha, dtheta),
+        size, rows * h, parts, 512,
     )  # fmt: skip
     return dalpha, dtheta
 

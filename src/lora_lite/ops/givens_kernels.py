@@ -28,7 +28,7 @@ def tables(
     p = torch.empty(d, dtype=torch.int64, device=theta.device)
     launch(
         _tables, (cdiv(n, BLOCK) + cdiv(d - n, BLOCK),),
-        *sides[0][:3], *sides[-1][:3], c, s, p, n, d, k, k_2, max_angle,
+        (*sides[0][:3], *sides[-1][:3], c, s, p), n, d, k, k_2, max_angle,
         cayley, max_angle > 0, BLOCK, min(SLOTS, block_slots(max(k, k_2))),
     )  # fmt: skip
     return c, s, p
@@ -49,9 +49,9 @@ def tables_backward(
     first, last = sides[0], sides[-1]
     launch(
         _tables_backward, (len(sides),),
-        dc, ds, *first[:3], *last[:3], out[0], out[-1],
-        len(first[0]), len(last[0]), first[3], last[3], n, ends[0], ends[-1], max_angle,
-        cayley, max_angle > 0, block_slots(max(len(first[0]), len(last[0]))),
+        (dc, ds, *first[:3], *last[:3], out[0], out[-1]),
+        first[0].numel(), last[0].numel(), first[3], last[3], n, ends[0], ends[-1], max_angle,
+        cayley, max_angle > 0, block_slots(max(first[0].numel(), last[0].numel())),
     )  # fmt: skip
     return out
 
@@ -64,7 +64,7 @@ def turned_back(
     block, wide = rows_of(r)
     launch(
         _turned_back, (cdiv(d, block),),
-        A, theta, pairs, active, out, d, k, max_angle, -1.0,
+        (A, theta, pairs, active, out), d, k, max_angle, -1.0,
         r, cayley, max_angle > 0, block, min(SLOTS, block_slots(k)), wide,
     )  # fmt: skip
     return out
@@ -81,12 +81,12 @@ def turned_back_backward(
     max_angle: float,
 ) -> tuple[Tensor, Tensor]:
     """(dA, dθ)."""
-    (d, r), S = A.shape, len(theta)
+    (d, r), S = A.shape, theta.numel()
     dA, dtheta = torch.empty_like(A), torch.empty_like(theta)
     block, wide = rows_of(r)
     launch(
         _turned_back_backward, (cdiv(d, block) + cdiv(S, block),),
-        G, A, theta, pairs, active, dA, dtheta, d, S, k, max_angle,
+        (G, A, theta, pairs, active, dA, dtheta), d, S, k, max_angle,
         r, cayley, max_angle > 0, block, min(SLOTS, block_slots(k)), wide,
     )  # fmt: skip
     return dA, dtheta
@@ -105,7 +105,7 @@ def block_slots(n: int) -> int:
 
 def apply_pairs(x: Tensor, c: Tensor, s: Tensor, p: Tensor) -> Tensor:
     (T, d), y = x.shape, torch.empty_like(x)
-    launch(_apply, (cdiv(d, COLUMNS), cdiv(T, ROWS)), x, c, s, p, y, T, d, ROWS, COLUMNS)
+    launch(_apply, (cdiv(d, COLUMNS), cdiv(T, ROWS)), (x, c, s, p, y), T, d, ROWS, COLUMNS)
     return y
 
 
@@ -119,7 +119,7 @@ def apply_pairs_backward(
     parts = c.new_empty(splits, 2, d, dtype=torch.float32)
     launch(
         _apply_backward, (columns, splits),
-        g, x, c, s, p, dx, parts, T, d, cdiv(T, splits), ROWS // 2, COLUMNS,
+        (g, x, c, s, p, dx, parts), T, d, cdiv(T, splits), ROWS // 2, COLUMNS,
     )  # fmt: skip
     dc, ds = parts.sum(0).to(c.dtype)
     return dx, dc, ds

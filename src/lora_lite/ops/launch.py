@@ -1,11 +1,10 @@
 """Launching Triton kernels at little cost to the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache, reduce, wraps
 from importlib import import_module
-from inspect import signature
-from operator import attrgetter
+from operator import attrgetter, or_
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +16,7 @@ INTERPRETED = False
 """Whether kernels run on the CPU too, by Triton's interpreter (TRITON_INTERPRET=1): for tests."""
 
 _ready: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-_tensors: dict[int, int] = {}
-_dtype = attrgetter("dtype")
+_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
 MOST_READY = 2**14
 """Launches that are known at a time: of kernels, dtypes, and numbers, which sizes are among."""
 
@@ -64,35 +62,41 @@ def without_launches() -> Iterator[None]:
         _launching = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3) -> None:
-    """Run `kernel[grid](*args)` where its first tensor lies: args are tensors, then numbers, then
-    constants.
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    *numbers: Any,
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """Run `kernel[grid](*tensors, *numbers)` where its tensors lie; numbers are constants too.
 
-    What Triton compiles anew for is looked up by dtypes, alignments and the other arguments as they
-    are; it is asked for what is not found, and knows again what differs in no way that counts. What
-    is found takes bare addresses: for each tensor Triton would ask the driver where it lies. Launch
+    What Triton compiles anew for is looked up by dtypes, alignments and the numbers as they are; it
+    is asked for what is not found, and knows again what differs in no way that counts. What is
+    found takes bare addresses: for each tensor Triton would ask the driver where it lies. Launch
     hooks are not called.
     """
     if not _launching:
         return
-    tensors = _tensors.get(id(kernel)) or _tensors_of(kernel, args)
     if INTERPRETED:
-        kernel[grid](*args, num_warps=warps, num_stages=stages)
+        kernel[grid](*tensors, *numbers, num_warps=warps, num_stages=stages)
         return
-    index = args[0].get_device()
+    index = tensors[0].get_device()
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return launch(kernel, grid, *args, warps=warps, stages=stages)
-    pointers, others = [t.data_ptr() for t in args[:tensors]], args[tensors:]
+            return launch(kernel, grid, tensors, *numbers, warps=warps, stages=stages)
+    pointers = [*map(_address, tensors)]
     key = (
-        id(kernel), index, warps, stages, others, *map(type, others),
-        *map(_dtype, args[:tensors]), *[p & 15 for p in pointers],
+        id(kernel), index, warps, stages, numbers, *map(type, numbers), *map(_dtype, tensors),
+        # Almost always all are aligned.
+        reduce(or_, pointers) & 15 and tuple(p & 15 for p in pointers),
     )  # fmt: skip
     found = _ready.get(key)
     if found is None:
         from triton.runtime import driver
 
-        compiled = kernel[grid](*args, num_warps=warps, num_stages=stages)
+        compiled = kernel[grid](*tensors, *numbers, num_warps=warps, num_stages=stages)
         stream = driver.active.get_current_stream
         if len(_ready) == MOST_READY:
             _ready.clear()
@@ -100,20 +104,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
         return
     run, function, metadata, stream = found
     y = grid[1] if len(grid) > 1 else 1
-    run(grid[0], y, 1, stream(index), function, metadata, None, None, None, *pointers, *others)
-
-
-def _tensors_of(kernel: Any, args: tuple[Any, ...]) -> int:
-    """How many of a kernel's arguments are tensors."""
-    from triton.language import constexpr
-
-    kinds = [
-        2 if p.annotation is constexpr else 0 if isinstance(arg, Tensor) else 1
-        for p, arg in zip(signature(kernel.fn).parameters.values(), args, strict=True)
-    ]
-    assert kinds == sorted(kinds), f"arguments of {kernel.fn.__name__} are out of order"
-    _tensors[id(kernel)] = kinds.count(0)
-    return _tensors[id(kernel)]
+    run(grid[0], y, 1, stream(index), function, metadata, None, None, None, *pointers, *numbers)
 
 
 @cache

@@ -242,7 +242,7 @@ class _AddLowRankChange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, A0, B0, h = ctx.saved_tensors
-        shape, dy, r = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, W.shape[0]), len(A)
+        shape, dy, r = (*dy.shape[:-1], A.shape[1]), dy.reshape(-1, W.shape[0]), A.shape[0]
         A_2, B_2 = kernels("skinny").change(A, B, A0, B0, x.dtype)
         # Both parts of B_2 are B but for a constant.
         dp, dB, _ = down_and_outer(dy, B_2, h, ctx.scale, B.dtype, r)
@@ -285,7 +285,7 @@ class _TurnLowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(-1, len(B))
+        shape, dy = dy.shape, dy.reshape(-1, B.shape[0])
         dh, dB, _ = down_and_outer(dy, B, h, 1.0, B.dtype)
         dx = up(dh, A.T, dy).view(shape) if ctx.needs_input_grad[0] else None
         return dx, outer(dh, x, A)[0], dB

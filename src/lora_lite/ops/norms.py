@@ -23,7 +23,7 @@ def has_kernel(W: LinearBase, A: Tensor) -> bool:
         and type(weight) in (Tensor, torch.nn.Parameter)
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and A.dtype == torch.float32
-        and len(A) <= MOST_ROWS
+        and A.shape[0] <= MOST_ROWS
     )
 
 

@@ -31,13 +31,13 @@ def reflections(U: Tensor) -> tuple[Tensor, ...]:
     A, B = U.new_empty(q, d), U.new_empty(d, q)
     launch(
         _gram, (parts,),
-        U, norms, sums, d, rows,
+        (U, norms, sums), d, rows,
         r, q, wide, BLOCK,
         warps=warps,
     )  # fmt: skip
     launch(
         _factors, (cdiv(d, BLOCK),),
-        U, norms, sums, small, A, B, d, parts,
+        (U, norms, sums, small, A, B), d, parts,
         r, q, wide, BLOCK,
         warps=warps,
     )  # fmt: skip
@@ -50,13 +50,13 @@ def backward(dA: Tensor, dB: Tensor, U: Tensor, norms: Tensor, small: Tensor) ->
     sums, dU = U.new_empty(parts, 2, q, q), torch.empty_like(U)
     launch(
         _products, (parts,),
-        U, norms, dA, dB, sums, d, rows, *dA.stride(), *dB.stride(),
+        (U, norms, dA, dB, sums), d, rows, *dA.stride(), *dB.stride(),
         r, q, wide, BLOCK,
         warps=warps,
     )  # fmt: skip
     launch(
         _gradient, (cdiv(d, BLOCK),),
-        U, norms, dA, dB, sums, small, dU, d, parts, *dA.stride(), *dB.stride(),
+        (U, norms, dA, dB, sums, small, dU), d, parts, *dA.stride(), *dB.stride(),
         r, q, wide, BLOCK,
         warps=warps,
     )  # fmt: skip

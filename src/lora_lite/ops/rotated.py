@@ -1,7 +1,6 @@
 """A narrow core between sparse rotations, R_Lᵀ C R_R, added to a layer."""
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -66,9 +65,9 @@ def add_rotated(
     itself (with a bias, its own).
     """
     if (C.ndim == 1 or C.shape[1] <= MOST_COLUMNS) and (own := accumulated(W, x)):
-        sides = (side[:4] if side else (None, None, None, 0) for side in (left, right))
-        by = (left or right or (False, 0.0))[-2:]
-        return _add_rotated(x, *own, C, *chain(*sides), *by, s_1, on_output, taken_over(W))
+        none: tuple[Any, ...] = (None, None, None, 0, 0, False, 0.0)
+        sides, by = (*(left or none)[:4], *(right or none)[:4]), (left or right or none)[5:]
+        return _add_rotated(x, *own, C, *sides, *by, s_1, on_output, taken_over(W))
     return scaled(W, W(x), rotated(x, C, left, right, W.d_out), s_1, on_output)
 
 
@@ -115,7 +114,7 @@ class _AddRotated(torch.autograd.Function):
         x, W, C, *tensors, c, s, p, s_1, out = ctx.saved_tensors
         k_L, k_R, cayley, max_angle, on_output, divide = ctx.how
         left, right = (*tensors[:3], k_L), (*tensors[3:], k_R)
-        shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, len(W)).contiguous()
+        shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, W.shape[0]).contiguous()
         # With s on the output du = s ⊙ dy; with s on Δ alone du is dy.
         du, dx, dC, ds, of_tables, energies = kernels("rotated").backward(
             dy,
@@ -131,7 +130,7 @@ class _AddRotated(torch.autograd.Function):
         )
         if energies is not None:
             ctx.observer(*energies)
-        sizes = len(W), len(C)
+        sizes = W.shape[0], C.shape[0]
         angles = kernels("rotated").angles_backward(
             of_tables, left, right, *sizes, cayley, max_angle
         )

@@ -82,7 +82,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, what backward needs of it), in z's memory: (1 + s_1) ⊙ (z + Δ) + b, or with
     `on_output` off z + (1 + s_1) ⊙ Δ + b; without z as if it were zeros, n wide."""
-    (T, m), q, width = x.shape, len(C), width_of(C)
+    (T, m), q, width = x.shape, C.shape[0], width_of(C)
     biased, scaled, onto = b is not None, s_1 is not None, z is not None
     z = x.new_empty(T, n) if z is None else z
     y = torch.empty_like(z) if biased and scaled and on_output else z
@@ -98,12 +98,12 @@ def forward(
         columns = cdiv(n, whole)
         splits, tokens = shares(T, columns, rows, 64)
     tile = (STAGES, whole, wide, rows)
-    launch(_forward, (columns * splits,), *tensors, *sizes, tokens, *flags, *tile)
+    launch(_forward, (columns * splits,), tensors, *sizes, tokens, *flags, *tile)
     if E_L + E_R:
         tile = tile_of(width)
         columns = cdiv(turns.affected(width), tile[1])
         grid = (columns * cdiv(T, TOKENS),)
-        launch(_forward_at, grid, *tensors, *sizes, *flags, *tile, warps=2)
+        launch(_forward_at, grid, tensors, *sizes, *flags, *tile, warps=2)
     return y, z
 
 
@@ -128,7 +128,7 @@ def backward(
 ]:
     """(du, R_Rᵀ Cᵀ R_L (s ⊙ dy) if `to_input`, dC, ds, (dc, ds) of the tables at the pairs'
     coordinates, with `energies` x² and dy² summed over tokens)."""
-    (T, n), m, q, width = dy.shape, x.shape[1], len(C), width_of(C)
+    (T, n), m, q, width = dy.shape, x.shape[1], C.shape[0], width_of(C)
     scaled = s_1 is not None
     du = torch.empty_like(dy) if scaled and on_output else dy
     dx = dy.new_empty(T, m) if to_input else None
@@ -146,7 +146,7 @@ def backward(
     sizes, flags = (T, n, m, q, E_L, E_R), (E_L > 0, E_R > 0, scaled, on_output)
     launch(
         _backward if narrow else _backward_blocks, (columns, splits),
-        dy, out, x, *core, du, dx if to_input else du, dC_parts, ds_parts, squares,
+        (dy, out, x, *core, du, dx if to_input else du, dC_parts, ds_parts, squares),
         *sizes, tokens, *flags, divide, to_input, energies, width,
         *((STAGES_BACKWARD, rows, whole) if narrow else (STAGES, whole, MOST_COLUMNS, rows)),
         warps=1 if narrow else 4,
@@ -158,7 +158,7 @@ def backward(
     if energies:
         total = dy.new_empty(1, n + m, dtype=wide)
         sums.append((squares, total))
-        g_squares, x_squares = total.split((n, m), 1)
+        g_squares, x_squares = total.split_with_sizes((n, m), 1)
         energy = Squares(x_squares, T), Squares(g_squares, T)
     fold(*sums)
     if E_L + E_R:
@@ -170,7 +170,7 @@ def backward(
         tiles = columns_dx * cdiv(T, TOKENS) if to_input else 0
         launch(
             _backward_at, (columns * splits + tiles,),
-            dy, x, *core, sums, dx if to_input else du, *sizes, tokens, splits, columns_dx,
+            (dy, x, *core, sums, dx if to_input else du), *sizes, tokens, splits, columns_dx,
             *flags, width, *tile,
             warps=2,
         )  # fmt: skip
@@ -179,7 +179,7 @@ def backward(
         of_tables = dy.new_empty(n + m, dtype=wide), dy.new_empty(n + m, dtype=wide)
         launch(
             _place, (columns, 5 + width - first_row),
-            sums, ds if scaled else dC, dC, *of_tables, *core, *sizes, splits,
+            (sums, ds if scaled else dC, dC, *of_tables, *core), *sizes, splits,
             *flags, width, first_row, *tile[1:],
         )  # fmt: skip
     return du, dx, dC.view(C.shape), ds, of_tables, energy

@@ -21,9 +21,9 @@ def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
     for average, (parts, tokens) in (found[0], found[-1]):
         tensors += [parts, average]
         numbers += [parts.shape[1], parts.stride(0), 1 / tokens]
-        splits.append(len(parts))
+        splits.append(parts.shape[0])
     # One program each: whether every coordinate is finite decides for all.
-    launch(_mix, (len(found),), *tensors, *numbers, beta, *splits, 4096, warps=16)
+    launch(_mix, (len(found),), tensors, *numbers, beta, *splits, 4096, warps=16)
 
 
 def squares(x: Tensor) -> Squares:
@@ -35,8 +35,7 @@ def squares(x: Tensor) -> Squares:
     parts = x.new_empty(splits, d, dtype=torch.float32)
     launch(
         _squares, (columns, splits),
-        x, parts, T, d, cdiv(T, splits), x.stride(0),
-        16, BLOCK,
+        (x, parts), T, d, cdiv(T, splits), x.stride(0), 16, BLOCK,
     )  # fmt: skip
     return Squares(parts, T)
 

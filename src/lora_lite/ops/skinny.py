@@ -19,7 +19,7 @@ def down(
     x: Float[Tensor, "T d"], A: Float[Tensor, "r d"], scale: float = 1.0
 ) -> Float[Tensor, "T r"]:
     """scale · x Aᵀ."""
-    if has_kernel(x, len(A)):
+    if has_kernel(x, A.shape[0]):
         return kernels("skinny").down(x, A, scale)
     h = x @ A.to(x.dtype).T
     return h if scale == 1 else h * scale

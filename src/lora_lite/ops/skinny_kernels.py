@@ -13,12 +13,12 @@ from lora_lite.ops.selection import Squares
 
 def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
     x = rows_together(x)
-    (T, d), r = x.shape, len(A)
+    (T, d), r = x.shape, A.shape[0]
     h = x.new_empty(T, r)
     block_t = 32
     launch(
         _down, (cdiv(T, block_t),),
-        x, A, h, T, d, x.stride(0), *A.stride(), scale,
+        (x, A, h), T, d, x.stride(0), *A.stride(), scale,
         r, block_t, 256 if r <= 32 else 64, block_rows(r),
         stages=5 if r <= 32 else 3,
     )  # fmt: skip
@@ -27,13 +27,13 @@ def down(x: Tensor, A: Tensor, scale: float) -> Tensor:
 
 def up(h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
     h = h.contiguous()
-    (T, r), n, axes = h.shape, len(B), 0 if b is None else b.ndim
+    (T, r), n, axes = h.shape, B.shape[0], 0 if b is None else b.ndim
     b = h if b is None else rows_together(b)
     y = h.new_empty(T, n)
     block_t, block_n = 64, 128
     launch(
         _up, (cdiv(T, block_t), cdiv(n, block_n)),
-        h, B, b, y, T, n, *B.stride(), b.stride(0),
+        (h, B, b, y), T, n, *B.stride(), b.stride(0),
         r, axes, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y
@@ -48,7 +48,7 @@ def outer(h: Tensor, x: Tensor, like: Tensor, energies: bool) -> tuple[Tensor, S
     squares = x.new_empty(splits, d, dtype=torch.float32) if energies else parts
     launch(
         _outer, (tiles, splits),
-        h, x, parts, squares, T, d, cdiv(T, splits), x.stride(0), *out.stride(),
+        (h, x, parts, squares), T, d, cdiv(T, splits), x.stride(0), *out.stride(),
         r, rows, energies, 128 if r <= 32 else 64, OUTER_COLUMNS, block_rows(r),
         stages=4,
     )  # fmt: skip
@@ -102,7 +102,10 @@ def _both(
     sums_parts = g.new_empty(splits, wanted, n, dtype=torch.float32) if wanted else dp_parts
     launch(
         _down_and_outer, (tiles, splits),
-        g, out if scaled else g, g_1 if scaled else g, B, h, du, dp_parts, dB_parts, sums_parts,
+        (
+            g, out if scaled else g, g_1 if scaled else g, B, h, du, dp_parts, dB_parts,
+            sums_parts,
+        ),
         T, n, tokens, scale,
         r, q, scaled, divide, energies, *tile, block_rows(r),
         warps=8,
@@ -147,7 +150,7 @@ def scaled_up(
     block_t, block_n = 64, 128
     launch(
         _scaled_up, (cdiv(T, block_t), cdiv(n, block_n)),
-        z, h, B, g_1, b if biased else g_1, y, T, n,
+        (z, h, B, g_1, b if biased else g_1, y), T, n,
         r, biased, block_t, block_n, block_rows(r),
     )  # fmt: skip
     return y, z
@@ -155,12 +158,12 @@ def scaled_up(
 
 def row_norms(W: Tensor, B: Tensor, A: Tensor, norms: Tensor, scale: float) -> Tensor:
     """‖(W + scale · B A)_i‖, with `norms` where B's row is zero."""
-    (n, d), r = W.shape, len(A)
+    (n, d), r = W.shape, A.shape[0]
     out = torch.empty_like(norms)
     block_i, block_r = 32, block_rows(r)
     launch(
         _row_norms, (cdiv(n, block_i),),
-        W, B.contiguous(), A.contiguous(), norms, out, n, d, *W.stride(), scale,
+        (W, B.contiguous(), A.contiguous(), norms, out), n, d, *W.stride(), scale,
         r, "ieee" if W.dtype == torch.float32 else "tf32", 4 if is_roomy(W) else 3,
         block_i, 4096 // block_r, block_r,
         warps=8,
@@ -173,11 +176,11 @@ def change(
 ) -> tuple[Tensor, Tensor]:
     """[A − A0; A0] and [B, B − B0], differences in float32, in one launch."""
     A, B, A0, B0 = (t.contiguous() for t in (A, B, A0, B0))
-    (r, d), n = A.shape, len(B)
+    (r, d), n = A.shape, B.shape[0]
     A_2, B_2 = A.new_empty(2 * r, d, dtype=dtype), A.new_empty(n, 2 * r, dtype=dtype)
     block = 1024
     grid = (cdiv(r * d, block) + cdiv(n * r, block),)
-    launch(_change, grid, A, B, A0, B0, A_2, B_2, r * d, n * r, r, block)
+    launch(_change, grid, (A, B, A0, B0, A_2, B_2), r * d, n * r, r, block)
     return A_2, B_2
 
 
@@ -194,7 +197,7 @@ def fold(*sums: tuple[Tensor, Tensor]) -> None:
         tensors += tensors[-2:]
         sizes += sizes[-2:]
         ends.append(ends[-1])
-    launch(_fold, (ends[-1],), *tensors, *sizes, ends[1], ends[2], FOLDED)
+    launch(_fold, (ends[-1],), tensors, *sizes, ends[1], ends[2], FOLDED)
 
 
 OUTER_COLUMNS, FOLDED = 64, 128
