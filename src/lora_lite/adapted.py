@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lite import shapes
 from lora_lite.base import Base, Prompt, autocasting, base_kind
+from lora_lite.observer import Observer
 from lora_lite.variant import Variant
 
 
@@ -93,7 +94,7 @@ class Adapter(nn.Module):
             tensors_in = cast(tensors_in, dtype)
         if self.training and variant.observes and torch.is_grad_enabled():
             frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
-            W.observer = functools.partial(variant.observe, **frozen)
+            W.observer = Observer(variant.observe, frozen)
         if self.strength != 1:
             run, z = W.run, W(x)
             W.below = lambda h, *rest, **named: z if h is x else run(h, *rest, **named)
@@ -101,7 +102,7 @@ class Adapter(nn.Module):
         if self.strength != 1:
             y = z + self.strength * (y - z)
         if W.observer is not None:  # and nothing took it over
-            y = Observed.apply(y, x, variant, tuple(frozen), *frozen.values())
+            y = W.observer.watch(y, x)
         if checked:
             shapes.check_flow(variant, W, x, y)
         return y
@@ -129,27 +130,6 @@ def prompt_of(x: Tensor, prompt: Prompt | None) -> Prompt | None:
         return PROMPTS.get(storage)
     PROMPTS[storage] = prompt
     return prompt
-
-
-class Observed(torch.autograd.Function):
-    """y itself; its backward shows the method x and the gradient of y, once per backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, variant: Variant, keys: tuple[str, ...], *tensors: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        # Not among the saved: they change between a forward and its backward when several
-        # forwards come before.
-        ctx.variant, ctx.keys, ctx.tensors = variant, keys, tensors
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            ctx.variant.observe(x, g, **dict(zip(ctx.keys, ctx.tensors)))
-        return (g, None, None, None, *[None] * len(ctx.tensors))
 
 
 class Adapted:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from lora_lite.observer import Observer
 from lora_lite.ops.svd import SvdMethod, is_randomised, truncated_svd
 
 CHUNK = 1024
@@ -110,9 +111,9 @@ class Base:
     d_in: int
     d_out: int
     prompt: Prompt | None = None
-    observer: Callable[[Any, Any], None] | None = None
-    """In training, shows a method that observes its layer's input x and the gradient g of its
-    output. An op that reads both in its backward may take it over, and leaves None."""
+    observer: Observer | None = None
+    """In training, of a method that observes its layer's input x and the gradient g of its output.
+    An op that reads both in its backward may take it over, and leaves None."""
 
     def __init__(self, layer: nn.Module, below: Callable[..., Any] | None = None) -> None:
         self.layer = layer

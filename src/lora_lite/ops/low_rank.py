@@ -1,7 +1,6 @@
 """The low-rank product that LoRA and its kin add to a layer."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.observer import Observer, shown
 from lora_lite.ops import launch
 from lora_lite.ops.cores import (
     Core,
@@ -157,11 +157,8 @@ def scaled(
     return y if W.bias is None else y - s_1.to(y.dtype) * W.bias.to(y.dtype)
 
 
-def taken_over(W: LinearBase) -> Callable[..., None] | None:
-    """W's observer, for a function whose backward shows it what it wants; none where compiled, as
-    an op shows nothing."""
-    if torch.compiler.is_compiling():
-        return None
+def taken_over(W: LinearBase) -> Observer | None:
+    """W's observer, for a function whose backward shows it what it wants."""
     observer, W.observer = W.observer, None
     return observer
 
@@ -194,7 +191,7 @@ class _AddLowRank(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
-        observer: Callable[..., None] | None = None,
+        observer: Observer | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = down(rows, A, scale)
@@ -212,9 +209,8 @@ class _AddLowRank(torch.autograd.Function):
         dp, dB, g_squares = down_and_outer(dy, B, h, ctx.scale, B.dtype, energies=seen)
         dx = up(dp, A.T).addmm_(dy, W).view(shape) if ctx.needs_input_grad[0] else None
         dA, x_squares = (None, None) if x is None else outer(dp, x, A, seen)
-        if seen:
-            ctx.observer(x_squares or x, g_squares or dy)
-        return dx, None, None, dA, dB, None, None
+        of_energies = shown(ctx.observer, x_squares or x, g_squares or dy)
+        return dx, None, None, dA, dB, None, of_energies
 
 
 class _AddLowRankChange(torch.autograd.Function):
@@ -302,7 +298,7 @@ class _ScaledAddLowRank(torch.autograd.Function):
         B: Tensor,
         scale: float,
         g_1: Tensor,
-        observer: Callable[..., None] | None = None,
+        observer: Observer | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = down(rows, A, scale)
@@ -322,9 +318,8 @@ class _ScaledAddLowRank(torch.autograd.Function):
         )
         dx = up(dp, A.T).addmm_(du, W).view(shape) if ctx.needs_input_grad[0] else None
         dA, x_squares = outer(dp, x, A, seen)
-        if seen:
-            ctx.observer(x_squares or x, g_squares or dy)
-        return dx, None, None, dA, dB, None, dg, None
+        of_energies = shown(ctx.observer, x_squares or x, g_squares or dy)
+        return dx, None, None, dA, dB, None, dg, of_energies
 
 
 _add_low_rank = one_op(_AddLowRank)

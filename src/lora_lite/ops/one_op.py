@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from lora_lite.observer import Observer
 from lora_lite.ops.launch import without_launches
 
 OPS = library.Library("lora_lite", "FRAGMENT")
@@ -25,22 +26,23 @@ KINDS = {
     int: "int",
     int | None: "int?",
     bool: "bool",
+    Observer | None: "Tensor?",
 }
-"""A parameter's kind in the op's schema, by its annotation."""
+"""A parameter's kind in the op's schema, by its annotation; of an observer it is its probe."""
 
 
 def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """The function's `apply`, which under torch.compile is an op of the name of its class.
 
-    Its forward takes what has an annotation among `KINDS`, then what has a default and stays out of
-    the op. It may save its inputs, the same as rows of their last axis, its outputs, and tensors of
-    its own; what else it keeps on ctx are numbers, tuples of them and None. In the op ctx says that
-    every input needs a gradient.
+    Its forward takes what has an annotation among `KINDS`, an observer last and after a layer's
+    input and matrix; in the op True stands for an observer. It may save its inputs, the same as
+    rows of their last axis, its outputs, and tensors of its own; what else it keeps on ctx are
+    numbers, tuples of them and None. In the op ctx says that every input needs a gradient.
     """
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function.__name__).lower().strip("_")
     _, *parameters = inspect.signature(function.forward).parameters.values()
-    taken = [p for p in parameters if p.default is p.empty]
-    inputs = ", ".join(f"{KINDS[p.annotation]} {p.name}" for p in taken)
+    inputs = ", ".join(f"{KINDS[p.annotation]} {p.name}" for p in parameters)
+    observed = parameters[-1].annotation == Observer | None
     count = outputs_of(function)
     plans: dict[tuple[Any, ...], Plan] = {}
     # What the last run was: formulas are asked for right after it.
@@ -48,7 +50,8 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     def forward(*args: Any) -> list[Tensor]:
         ctx = Context((True,) * len(args))
-        made = function.forward(ctx, *args)
+        given = (*args[:-1], args[-1] is not None or None) if observed else args
+        made = function.forward(ctx, *given)
         outputs = [made] if count == 1 else list(made)
         key = tuple((a.dtype, a.is_contiguous()) if isinstance(a, Tensor) else a for a in args)
         if key not in plans:
@@ -64,7 +67,7 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         vars(ctx).update(values(numbers))
         found = function.backward(ctx, *grads)
         found = found if isinstance(found, tuple) else (found,)
-        last["found"] = [g is not None for g in found[: len(taken)]]
+        last["found"] = [g is not None for g in found]
         return [g for g in found if g is not None]
 
     def define(name: str, schema: str, run: Callable[..., list[Tensor]], key: str) -> Any:
@@ -109,10 +112,20 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return function.apply(*args)
-        made = traced(*args[: len(taken)])
+        if observed and args[-1] is not None:
+            args = (*args[:-1], probe(*args))
+        made = traced(*args)
         return made[0] if count == 1 else tuple(made)
 
     return call
+
+
+def probe(x: Tensor, W: Tensor, *others: Any) -> Tensor | None:
+    """That of the observer, which is the last; None where no backward will come."""
+    for of in (x, *others):
+        if isinstance(of, Tensor) and of.requires_grad:
+            return others[-1].probe(of, x.numel() // x.shape[-1], W.shape[1], W.shape[0])
+    return None
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """A narrow core between sparse rotations, R_Lᵀ C R_R, added to a layer."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.base import LinearBase
+from lora_lite.observer import Observer, shown
 from lora_lite.ops.blocks import MOST_COLUMNS, block_columns
 from lora_lite.ops.givens import Rotation, apply_pairs, rotation_tables
 from lora_lite.ops.launch import kernels
@@ -91,7 +91,7 @@ class _AddRotated(torch.autograd.Function):
         max_angle: float,
         s_1: Tensor | None,
         on_output: bool,
-        observer: Callable[..., None] | None = None,
+        observer: Observer | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         left, right = (theta_L, pairs_L, active_L, k_L), (theta_R, pairs_R, active_R, k_R)
@@ -128,8 +128,7 @@ class _AddRotated(torch.autograd.Function):
             ctx.needs_input_grad[0],
             ctx.observer is not None,
         )
-        if energies is not None:
-            ctx.observer(*energies)
+        of_energies = shown(ctx.observer, *energies or (x, dy))
         sizes = W.shape[0], C.shape[0]
         angles = kernels("rotated").angles_backward(
             of_tables, left, right, *sizes, cayley, max_angle
@@ -137,7 +136,7 @@ class _AddRotated(torch.autograd.Function):
         if dx is not None:
             dx = dx.addmm_(du, W).view(shape)
         of_left, of_right = ((angle, None, None, None) for angle in angles)
-        return dx, None, None, dC, *of_left, *of_right, None, None, ds, None, None
+        return dx, None, None, dC, *of_left, *of_right, None, None, ds, None, of_energies
 
 
 _add_rotated = one_op(_AddRotated)

@@ -26,16 +26,21 @@ class Squares(NamedTuple):
     parts: Float32[Tensor, "parts d"]
     tokens: int
 
+    def mean(self) -> Float32[Tensor, " d"]:
+        """`mean_square` of that x."""
+        return self.parts.sum(0) / self.tokens
+
 
 def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
     """average ← β average + (1 − β) mean_square(x) for each (average, x), in place; a sample that
     isn't finite is left out."""
     x = samples[0][1]
-    if isinstance(x, Squares) or kernels_serve(x) and x.dtype != torch.float64:
+    read = x.parts if isinstance(x, Squares) else x
+    if kernels_serve(read) and read.dtype != torch.float64:
         kernels("selection").ema_(samples, beta)
         return
     for average, x in samples:
-        sample = mean_square(x)
+        sample = x.mean() if isinstance(x, Squares) else mean_square(x)
         mixed = beta * average + (1 - beta) * sample
         average.copy_(torch.where(sample.isfinite().all(), mixed, average))
 
