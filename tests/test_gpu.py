@@ -1,5 +1,7 @@
 """The laws once more on a GPU, some of them compiled by inductor."""
 
+import copy
+
 import pytest
 import torch
 from settings import BUILT_IN, LINEAR, RECTANGULAR, SMALL, SQUARE, cases
@@ -84,3 +86,29 @@ def test_a_step_can_be_recorded(name):
         want = [step(), *(leaf.grad for leaf in leaves)]
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "jora"])
+def test_compiled_into_cuda_graphs(name):
+    """Steps on other numbers agree with eager ones, energies that JORA gathers too."""
+    like = dict(device="cuda", dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(64, 64, **like))
+    ll.attach(model, name, **SMALL[name][0])
+    move(model)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with unchecked():
+        for _ in range(4):
+            numbers, g = torch.randn(300, 64, **like), torch.randn(300, 64, **like)
+            torch.compiler.cudagraph_mark_step_begin()
+            found = []
+            for own, call in ((twin, twin), (model, compiled)):
+                x = numbers.clone().requires_grad_()
+                own.zero_grad()
+                y = call(x)
+                y.backward(g)
+                grads = [p.grad for p in own.parameters() if p.requires_grad]
+                found.append([t.clone() for t in (y, x.grad, *grads, *own.buffers())])
+            for a, b in zip(*found, strict=True):
+                assert (a.double() - b.double()).norm() <= 1e-2 * a.double().norm()
