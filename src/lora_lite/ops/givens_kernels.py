@@ -22,10 +22,9 @@ def tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(c, s, p) of one side or of two, the second's behind the first's; the sides' coordinates are
     as many as `sizes` says."""
-    (theta, *_, k), (*_, k_2) = sides[0], sides[-1]
+    (theta, pairs, _, k), (*_, k_2) = sides[0], sides[-1]
     n, d = sizes[0], sum(sizes)
-    c, s = theta.new_empty(d), theta.new_empty(d)
-    p = torch.empty(d, dtype=torch.int64, device=theta.device)
+    c, s, p = theta.new_empty(d), theta.new_empty(d), pairs.new_empty(d)
     launch(
         _tables, (cdiv(n, BLOCK) + cdiv(d - n, BLOCK),),
         (*sides[0][:3], *sides[-1][:3], c, s, p), n, d, k, k_2, max_angle,

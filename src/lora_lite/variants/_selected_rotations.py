@@ -194,13 +194,13 @@ class SelectedRotations(Variant, abstract=True):
 
     def rotations(self, d_in: int, d_out: int, **t: Tensor) -> dict[str, Rotation]:
         """R_L and R_R, as "L" and "R"."""
-        by, sides = (self.rotation_param == "cayley", self.max_angle), self.sides
-        counts = zip("LR", (d_out, d_in), self.active_pairs(d_in, d_out))
-        return {
-            side: Rotation(t[f"theta_{side}"], t[f"pairs_{side}"], t[f"active_{side}"], k, d, *by)
-            for side, d, k in counts
-            if side in sides
-        }
+        by, out = (self.rotation_param == "cayley", self.max_angle), {}
+        k_L, k_R = self.active_pairs(d_in, d_out)
+        if "theta_L" in t:
+            out["L"] = Rotation(t["theta_L"], t["pairs_L"], t["active_L"], k_L, d_out, *by)
+        if "theta_R" in t:
+            out["R"] = Rotation(t["theta_R"], t["pairs_R"], t["active_R"], k_R, d_in, *by)
+        return out
 
     def phi(self, theta: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """The angle of θ, in radians."""
