@@ -50,9 +50,9 @@ class Adapter(nn.Module):
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
         self.prepares = type(variant).prepare is not Variant.prepare
+        self.observes = variant.observes
         self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
         self.alone = not any(shared for _, shared in self.keys)
-        self.untrained = [key for key, _ in self.keys if not variant.specs[key].trainable]
         for key, tensor in tensors.items():
             if not variant.specs[key].shared:
                 register(self, variant, key, tensor)
@@ -93,8 +93,9 @@ class Adapter(nn.Module):
                 tensors_in = variant.prepare(W, **cast(tensors, wide))
         if variant.casts:
             tensors_in = cast(tensors_in, dtype)
-        if self.training and variant.observes and torch.is_grad_enabled():
-            W.observer = Observer(variant.observe, {key: tensors[key] for key in self.untrained})
+        if self.training and self.observes and torch.is_grad_enabled():
+            fixed = {key: t for key, t in tensors.items() if not t.requires_grad}
+            W.observer = Observer(variant.observe, fixed)
         if self.strength != 1:
             run, z = W.run, W(x)
             W.below = lambda h, *rest, **named: z if h is x else run(h, *rest, **named)

@@ -26,8 +26,8 @@ class Observer(NamedTuple):
         return _Watched.apply(y, x, self.observe, tuple(self.tensors), *self.tensors.values())
 
     def probe(self, of: Tensor, tokens: int, d_in: int, d_out: int) -> Tensor:
-        """Zeros, for an op that shows nothing: their gradient is Σ x_i² over the tokens, and Σ g_i²
-        behind it. Wanted wherever a gradient to `of` is."""
+        """A vector for an op that shows nothing, which nothing reads: its gradient is Σ x_i² over
+        the tokens, and Σ g_i² behind it. Wanted wherever a gradient to `of` is."""
         tensors = self.tensors.values()
         return _Probe.apply(of, tokens, d_in, d_out, self.observe, tuple(self.tensors), *tensors)
 
@@ -41,7 +41,7 @@ def shown(
         observer.show(x, g)
     elif observer:
         sums = (t if isinstance(t, Squares) else kernels("selection").squares(t) for t in (x, g))
-        return torch.cat([squares.parts.sum(0) for squares in sums])
+        return torch.cat([squares.total() for squares in sums])
     return None
 
 
@@ -85,7 +85,7 @@ class _Probe(torch.autograd.Function):
     ) -> Tensor:
         ctx.sizes = tokens, d_in, d_out
         ctx.observe, ctx.keys, ctx.tensors = observe, keys, tensors
-        return of.new_zeros(d_in + d_out, dtype=torch.float32)
+        return of.new_empty(d_in + d_out, dtype=torch.float32)
 
     @staticmethod
     @torch.no_grad()

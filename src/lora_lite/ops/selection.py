@@ -26,9 +26,12 @@ class Squares(NamedTuple):
     parts: Float32[Tensor, "parts d"]
     tokens: int
 
+    def total(self) -> Float32[Tensor, " d"]:
+        return self.parts[0] if self.parts.shape[0] == 1 else self.parts.sum(0)
+
     def mean(self) -> Float32[Tensor, " d"]:
         """`mean_square` of that x."""
-        return self.parts.sum(0) / self.tokens
+        return self.total() / self.tokens
 
 
 def ema_(samples: list[tuple[Tensor, Tensor | Squares]], beta: float) -> None:
