@@ -70,7 +70,7 @@ def launch(
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """Run `kernel[grid](*tensors, *numbers)` where its tensors lie; numbers are constants too.
+    """Run `kernel[grid](*tensors, *numbers)` where the tensors lie; the last numbers are constants.
 
     What Triton compiles anew for is looked up by dtypes, alignments and the numbers as they are; it
     is asked for what is not found, and knows again what differs in no way that counts. What is
