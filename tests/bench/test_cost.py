@@ -1,6 +1,7 @@
 """The cost benchmark: what a row says, that PEFT is held to the same function, and the reports.
 No time is asserted."""
 
+import copy
 import dataclasses
 import math
 from itertools import count
@@ -194,6 +195,24 @@ def test_nan_never_agrees(work):
         sides[1].trained[-1][0, 0] = math.nan
     with pytest.raises(cost.Disagreement, match="nan from ours"):
         cost.check_agreement(sides[0], sides[1], Side("floor", work.model), work)
+
+
+def test_a_wider_llama_may_round_more():
+    """As it does, in bfloat16 against float32."""
+    errors = []
+    for width in (1024, 2048):
+        wide = llama(Shape(width=width, tokens=16, length=16), "cpu")
+        _, x_grad = cost._results(Side("floor", wide.model), wide)
+        exact, x = copy.deepcopy(wide.model).float(), wide.x.detach().float().requires_grad_()
+        y = exact(inputs_embeds=x, use_cache=False).last_hidden_state
+        y.backward(wide.y_grad.float())
+        errors.append(cost._distance(x_grad, x.grad.double()))
+    assert 1.5 < errors[1] / errors[0] < 2.5
+    limits = [
+        cost.allowed(dataclasses.replace(wide, shape=dict(width=width)))
+        for width in (64, 4096, 8192)
+    ]
+    assert limits == [3e-2, 3e-2, 6e-2]
 
 
 def test_without_peft_the_row_says_so(work, monkeypatch):
