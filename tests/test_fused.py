@@ -274,6 +274,27 @@ def test_compiled_too(monkeypatch, magnitude, core):
         close(own[key], want[key], 1e-5, key)
 
 
+@pytest.mark.parametrize("batch", [(), (1,), (3,)])
+def test_compiled_for_any_number_of_tokens_too(monkeypatch, batch):
+    monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
+    hyper = J | dict(selection="topk_ema")
+    layer = adapted(24, 40, True, DTYPES[0], "jora", hyper).train()
+    own = layer.adapters.default.tensors()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for T in (20, 33, 1):
+        x, g = (torch.randn(*batch, T, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
+        found = []
+        for call in (layer, compiled):
+            own["ema_col"].zero_(), own["ema_row"].zero_()
+            with unchecked():
+                call(x.requires_grad_()).backward(g)
+            found.append([own[key].clone() for key in ("ema_col", "ema_row")])
+        for a, b in zip(*found):
+            assert a.any()
+            close(b, a, 1e-5, f"{T} tokens")
+
+
 def test_where_nothing_trains_nothing_is_shown_compiled(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     hyper = J | dict(selection="topk_ema")

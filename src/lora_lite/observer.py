@@ -25,11 +25,11 @@ class Observer(NamedTuple):
         """y itself; its backward shows x and the gradient of y, once per backward."""
         return _Watched.apply(y, x, self.observe, tuple(self.tensors), *self.tensors.values())
 
-    def probe(self, of: Tensor, tokens: int, d_in: int, d_out: int) -> Tensor:
-        """A vector for an op that shows nothing, which nothing reads: its gradient is Σ x_i² over
-        the tokens, and Σ g_i² behind it. Wanted wherever a gradient to `of` is."""
+    def probe(self, of: Tensor, d_in: int, d_out: int) -> Tensor:
+        """A vector for an op that shows nothing, which nothing reads: its gradient is the mean of
+        x_i² over the tokens, and that of g_i² behind it. Wanted wherever a gradient to `of` is."""
         tensors = self.tensors.values()
-        return _Probe.apply(of, tokens, d_in, d_out, self.observe, tuple(self.tensors), *tensors)
+        return _Probe.apply(of, d_in, d_out, self.observe, tuple(self.tensors), *tensors)
 
 
 def shown(
@@ -40,8 +40,8 @@ def shown(
     if isinstance(observer, Observer):
         observer.show(x, g)
     elif observer:
-        sums = (t if isinstance(t, Squares) else kernels("selection").squares(t) for t in (x, g))
-        return torch.cat([squares.total() for squares in sums])
+        sums = [t if isinstance(t, Squares) else kernels("selection").squares(t) for t in (x, g)]
+        return torch.cat([squares.total() for squares in sums]).div_(sums[0].tokens)
     return None
 
 
@@ -76,21 +76,20 @@ class _Probe(torch.autograd.Function):
     def forward(
         ctx: Any,
         of: Tensor,
-        tokens: int,
         d_in: int,
         d_out: int,
         observe: Callable[..., None],
         keys: tuple[str, ...],
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.sizes = tokens, d_in, d_out
+        ctx.sizes = d_in, d_out
         ctx.observe, ctx.keys, ctx.tensors = observe, keys, tensors
         return of.new_empty(d_in + d_out, dtype=torch.float32)
 
     @staticmethod
     @torch.no_grad()
-    def backward(ctx: Any, squares: Tensor) -> tuple[None, ...]:
-        tokens, *sizes = ctx.sizes
-        x, g = (Squares(part[None], tokens) for part in squares.split(sizes))
+    def backward(ctx: Any, means: Tensor) -> tuple[None, ...]:
+        # Means, since a number of tokens that the compiler leaves open can't come along.
+        x, g = (Squares(part[None], 1) for part in means.split(ctx.sizes))
         Observer(ctx.observe, dict(zip(ctx.keys, ctx.tensors))).show(x, g)
-        return (None,) * (6 + len(ctx.tensors))
+        return (None,) * (5 + len(ctx.tensors))

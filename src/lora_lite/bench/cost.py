@@ -343,7 +343,7 @@ def _record(side: Side, work: Workload) -> None:
         work.step(side)
     found = work.x.grad
     graph.replay()
-    if not (error := _distance(found.double(), want)) <= allowed(work):
+    if not (error := _distance(found.double(), want)) <= AGREEMENT[work.dtype]:
         raise Disagreement(f"the input's gradient is {error:.1e} off where the step is replayed")
     work.clear(side)
     side.graph = graph

@@ -124,7 +124,7 @@ def probe(x: Tensor, W: Tensor, *others: Any) -> Tensor | None:
     """That of the observer, which is the last; None where no backward will come."""
     for of in (x, *others):
         if isinstance(of, Tensor) and of.requires_grad:
-            return others[-1].probe(of, x.numel() // x.shape[-1], W.shape[1], W.shape[0])
+            return others[-1].probe(of, W.shape[1], W.shape[0])
     return None
 
 
