@@ -253,29 +253,34 @@ def test_energies_are_gathered_in_the_same_pass(monkeypatch, d_in, d_out, bias, 
 
 @pytest.mark.parametrize("core", ["diag", "block", "lowrank"])
 @pytest.mark.parametrize("magnitude", ["none", "oer_softmax"])
-def test_compiled_too(monkeypatch, magnitude, core):
-    """Where an op shows nothing, a probe's gradient does."""
+def test_energies_are_gathered_compiled_too(monkeypatch, magnitude, core):
+    """Where an op shows nothing, a probe's gradient does; the others are what they were."""
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     monkeypatch.setattr(skinny, "has_kernel", lambda x, r: launch.kernels_serve(x))
     hyper = J | dict(selection="topk_ema", magnitude=magnitude, core=core)
     layer = adapted(24, 40, True, DTYPES[0], "jora", hyper).train()
     x, g = (torch.randn(2, 70, d, dtype=DTYPES[0], device=DEVICE) for d in (24, 40))
     own, keys = layer.adapters.default.tensors(), ("ema_col", "ema_row")
-    layer(x).backward(g)
-    want = {key: own[key].clone() for key in keys}
-    for key in keys:
-        own[key].zero_()
+    trained = {key: t for key, t in own.items() if t.requires_grad}
+
+    def gathered(run):
+        for key in keys:
+            own[key].zero_()
+        grads = torch.autograd.grad(run(x), trained.values(), g)
+        return {key: own[key].clone() for key in keys} | dict(zip(trained, grads))
+
+    want = gathered(layer)
     monkeypatch.setattr(selection, "mean_square", None)
     torch._dynamo.reset()
     with unchecked():
-        torch.compile(layer, fullgraph=True, backend="aot_eager")(x).backward(g)
-    for key in keys:
-        assert want[key].any()
-        close(own[key], want[key], 1e-5, key)
+        found = gathered(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    for key, a in want.items():
+        assert a.any() or not a.numel(), key
+        close(found[key], a, 1e-5 if key in keys or DTYPES[0] == torch.float32 else 2e-2, key)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (3,)])
-def test_compiled_for_any_number_of_tokens_too(monkeypatch, batch):
+def test_energies_of_any_number_of_tokens_are_gathered_compiled(monkeypatch, batch):
     monkeypatch.setattr(launch, "INTERPRETED", not CUDA)
     hyper = J | dict(selection="topk_ema")
     layer = adapted(24, 40, True, DTYPES[0], "jora", hyper).train()

@@ -90,6 +90,15 @@ def test_steps_are_the_optimizers_and_survive_a_file(tmp_path):
     assert up(model).seen.tolist() == [4, 7]
 
 
+def test_what_is_held_fixed_is_no_statistic():
+    """A method is shown the tensors that it declares frozen, whatever else does not train."""
+    model, x = MLP(), torch.randn(2, 24, requires_grad=True)
+    ll.attach(model, Watching)
+    model.requires_grad_(False)
+    model(x).sum().backward()
+    torch.testing.assert_close(up(model).col, x.detach().square().mean(0))
+
+
 def test_random_numbers_differ_by_step_and_layer_and_repeat():
     draws = []
     for _ in range(2):

@@ -50,6 +50,7 @@ class Adapter(nn.Module):
         self.enabled, self.strength = True, 1.0
         self.fingerprint: str | None = None
         self.prepares = type(variant).prepare is not Variant.prepare
+        # Asked once, as a compiled call is guarded by all that its trace reads.
         self.observes = variant.observes
         self.keys = tuple((key, variant.specs[key].shared) for key in variant.tensor_names())
         self.alone = not any(shared for _, shared in self.keys)
@@ -94,8 +95,8 @@ class Adapter(nn.Module):
         if variant.casts:
             tensors_in = cast(tensors_in, dtype)
         if self.training and self.observes and torch.is_grad_enabled():
-            fixed = {key: t for key, t in tensors.items() if not t.requires_grad}
-            W.observer = Observer(variant.observe, fixed)
+            frozen = {key: t for key, t in tensors.items() if not variant.specs[key].trainable}
+            W.observer = Observer(variant.observe, frozen)
         if self.strength != 1:
             run, z = W.run, W(x)
             W.below = lambda h, *rest, **named: z if h is x else run(h, *rest, **named)

@@ -16,6 +16,7 @@ from jaxtyping import AbstractArray
 from torch import Tensor
 
 from lora_lite.base import Base
+from lora_lite.ops.selection import Squares
 
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 RESERVED = {"variant", "name", "targets", "dtype", "seed", "exclude", "overrides", "calibration"}
@@ -307,9 +308,10 @@ class Variant:
         """Whether `observe` is wanted in this configuration."""
         return type(self).observe is not Variant.observe
 
-    def observe(self, x: Tensor, g: Tensor, **tensors: Tensor) -> None:
+    def observe(self, x: Tensor | Squares, g: Tensor | Squares, **tensors: Tensor) -> None:
         """Gather statistics in place, in frozen tensors, from a layer's input x and the gradient g
-        of its output; called in training, once per backward."""
+        of its output; called in training, once per backward. From an op that has summed their
+        squares on its way both are those sums, which `ema_` takes as well."""
 
     def scheduled(self) -> bool:
         """Whether `step` does something in this configuration."""

@@ -84,8 +84,7 @@ def notes(device: str, methods: dict[str, Pair]) -> str:
         f"A {shape['layers']}-layer Llama of width {shape['width']:,}, {shape['tokens']:,} tokens, "
         f"{shape['dtype']}, all seven projections adapted; adapter tensors are float32, PEFT's in "
         "brackets in the base's dtype. CUDA graph: the eager step recorded and replayed, which the "
-        "host's speed does not enter: where eager is above it, the device waits for the host, "
-        'unless `torch.compile(model, mode="reduce-overhead")` records such graphs. '
+        "host's speed does not enter: where eager is above it, the device waits for the host. "
         "Extra memory is what backward keeps (saved MiB, below) and the adapter's tensors, which "
         "in float32 are twice as large as PEFT's in brackets. Counted: the frozen step, and what "
         "the fused form must read, write and multiply at the rates of a large copy and a large "

@@ -120,12 +120,10 @@ def one_op(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return call
 
 
-def probe(x: Tensor, W: Tensor, *others: Any) -> Tensor | None:
-    """That of the observer, which is the last; None where no backward will come."""
-    for of in (x, *others):
-        if isinstance(of, Tensor) and of.requires_grad:
-            return others[-1].probe(of, W.shape[1], W.shape[0])
-    return None
+def probe(x: Tensor, W: Tensor, *others: Any) -> Tensor:
+    """That of the observer, which is the last."""
+    trained = (t for t in others if isinstance(t, Tensor) and t.requires_grad)
+    return others[-1].probe(x if x.requires_grad else next(trained, x), W.shape[1], W.shape[0])
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
